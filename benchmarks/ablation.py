@@ -1,0 +1,140 @@
+"""What each term does: GRPO alone, with SAMI, with OT, with both, over seeds, on the embedded model.
+
+    python benchmarks/ablation.py                       # 4 variants x 5 seeds, 512 held-out questions each
+    python benchmarks/ablation.py --seeds 3 --jobs 1
+
+Every run is `python train.py` as a user starts it, with its default settings and the two weights of its variant; flags
+not listed here go to train.py. Runs go side by side, one thread each. Finished runs are kept in --output-dir and not
+repeated. Writes ablation.json and ablation.png there and prints the table. `follows` is the share of completions that
+visibly follow their principle (tiny.follows): no loss and no metric of the training sees it.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+VARIANTS = {
+    "GRPO": ["--lambda-mi", "0", "--lambda-ot", "0"],
+    "GRPO + SAMI": ["--lambda-ot", "0"],
+    "GRPO + OT": ["--lambda-mi", "0"],
+    "ENIGMA": [],
+}
+COLUMNS = ("format", "accuracy", "si", "follows", "sinkhorn", "completion_length")
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # two-sided, n - 1 degrees
+
+
+def run(name, seed, args, extra) -> dict:
+    """One training, in a process of its own; its eval.json with `follows` added."""
+    directory = args.output_dir / f"{name.replace(' ', '').replace('+', '_')}-{seed}"
+    result = directory / "result.json"
+    if not result.exists():
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        train = [
+            sys.executable, "train.py", "--principles", "principles/reasoning.txt", "--eval-questions", "512",
+            "--eval-steps", "0", "--seed", str(seed), "--output-dir", str(directory.resolve()), *VARIANTS[name], *extra,
+        ]
+        done = subprocess.run(train, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{name}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
+        measure = (
+            "import json, sys, torch, policy, tiny\n"
+            "for path in sys.argv[1:]:\n"
+            "    print(json.dumps(tiny.measure(*policy.load_model(path, torch.device('cpu')), 128)))\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", measure, str(ROOT / "tiny-model"), str(directory.resolve() / "final")],
+            cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
+        )
+        evals = json.loads((directory / "eval.json").read_text())
+        for when, line in zip(("start", "end"), done.stdout.splitlines()[-2:], strict=True):
+            shares = json.loads(line)["follows"].values()
+            evals[when]["follows"] = {"mean": statistics.mean(shares)}
+        result.write_text(json.dumps(evals))
+    print(f"{name}, seed {seed}: done", file=sys.stderr)
+    return json.loads(result.read_text())
+
+
+def interval(values) -> tuple[float, float]:
+    """Mean over seeds, and half the width of its 95% t interval."""
+    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), half
+
+
+def table(results) -> str:
+    starts = [r["start"] for runs in results.values() for r in runs]
+    rows = {"start": starts[: len(next(iter(results.values())))]}
+    rows |= {name: [r["end"] for r in runs] for name, runs in results.items()}
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, runs in rows.items():
+        cells = ["{:.2f} ± {:.2f}".format(*interval([r[c]["mean"] for r in runs])) for c in COLUMNS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def claims(results) -> str:
+    """The figures that the README's claims rest on, per seed."""
+    lines = []
+    for name, runs in results.items():
+        gains = [r["end"]["accuracy"]["mean"] - r["start"]["accuracy"]["mean"] for r in runs]
+        below = [r["end"]["accuracy"]["high"] < r["start"]["accuracy"]["low"] for r in runs]
+        ratio = [r["end"]["si"]["mean"] / r["start"]["si"]["mean"] for r in runs]
+        lines.append(
+            f"{name}: accuracy {' '.join(f'{g:+.2f}' for g in gains)}, significantly below its start in "
+            f"{sum(below)} seeds; SI x {' '.join(f'{x:.1f}' for x in ratio)}; "
+            f"format {' '.join('{:.2f}'.format(r['end']['format']['mean']) for r in runs)}"
+        )
+    return "\n".join(lines)
+
+
+def plot(results, path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), layout="constrained")
+    for axis, column in zip(axes, ("format", "accuracy", "si", "follows"), strict=True):
+        starts = [r["start"][column]["mean"] for r in next(iter(results.values()))]
+        axis.axhline(statistics.mean(starts), color="0.5", ls="--", lw=1, label="start")
+        for x, runs in enumerate(results.values()):
+            values = [r["end"][column]["mean"] for r in runs]
+            mean, half = interval(values)
+            axis.bar(x, mean, 0.7, yerr=half, color=f"C{x}", alpha=0.5, capsize=4)
+            axis.plot([x] * len(values), values, "k.", ms=4)
+        axis.set_xticks(range(len(results)), [name.replace(" + ", "\n+ ") for name in results], fontsize=8)
+        axis.set(title={"si": "sufficiency index"}.get(column, column), ylim=(0, 1.02))
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "ablation")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    args, extra = parser.parse_known_args()  # what is left goes to train.py
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    jobs = [(name, seed) for seed in range(args.seeds) for name in args.variants]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = list(pool.map(lambda job: run(*job, args, extra), jobs))
+    results = {n: [r for (name, _), r in zip(jobs, done, strict=True) if name == n] for n in args.variants}
+    (args.output_dir / "ablation.json").write_text(json.dumps(results, indent=1))
+    print(table(results), claims(results), sep="\n\n")
+    try:
+        plot(results, args.output_dir / "ablation.png")
+    except ImportError:
+        print("no plot: pip install matplotlib", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

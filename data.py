@@ -1,0 +1,268 @@
+"""Principles, questions and prompts: what a run reads, and errors that say how to mend it.
+
+Files are UTF-8 (a byte-order mark and CRLF are accepted), one item a line of up to 1 MB, blank lines skipped:
+
+    principles.txt      a principle; lines that start with `#` are comments
+    principles.jsonl    {"principle": "Show every step.", "id": "steps", "negative": "Skip the steps."}
+                        `id` and `negative` are optional, other keys refused
+    questions.jsonl     {"question": "2 + 3?", "answer": 5}      `answer` is optional, other keys ignored
+
+The prompt is a single user message, because some chat templates refuse a system role:
+
+    {question}
+
+    Principle: {principle}
+    Write <reasoning>…</reasoning><answer>…</answer>.
+
+To copy: the standard library is all it imports; `encode_prompts` is handed a Hugging Face tokenizer.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import reprlib
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_LINE = 1_000_000  # bytes; a longer line means that the wrong file was named
+FORMAT_INSTRUCTION = "Write <reasoning>…</reasoning><answer>…</answer>."
+
+
+class InputError(ValueError):
+    """A user's mistake, told in one line: `{file}:{line}: {what is wrong}; {what is accepted}`."""
+
+
+@dataclass(frozen=True)
+class Principle:
+    id: str
+    text: str
+    negative: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    answer: str | None = None
+
+
+def load_principles(path):
+    """Two or more `Principle`s from a .txt or .jsonl file; the n-th without an `id` is called "p{n}".
+
+    Raises InputError for a file or line it cannot take, for fewer than two principles (one alone cannot be
+    told apart from anything), and for a repeated id or text (texts compared without case and spacing).
+    """
+    lines = _lines(path, ".txt", ".jsonl")
+    if str(path).lower().endswith(".txt"):
+        rows = [(where, {"principle": text}) for where, text in lines if not text.lstrip().startswith("#")]
+    else:
+        rows = [(where, _json_object(where, text)) for where, text in lines]
+    return _check_principles(path, rows)
+
+
+def save_principles(path, principles):
+    """Write a .jsonl file that `load_principles` reads back equal (but for white space around a text).
+
+    Raises InputError for what `load_principles` would refuse, and for a file it cannot write. Written aside,
+    then moved, so that a crash leaves either the old file or the new one.
+    """
+    _check_ending(path, ".jsonl")
+    rows = [{"id": p.id, "principle": p.text} | ({} if p.negative is None else {"negative": p.negative})
+            for p in principles]
+    _check_principles(path, [(f"{_name(path)}:{n}", row) for n, row in enumerate(rows, start=1)])
+    aside = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        aside.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        wrong = f"cannot be written ({error.strerror})"
+        raise InputError(f"{_name(path)}: {wrong}; a file in a writable folder is accepted") from None
+
+
+def load_questions(path):
+    """Distinct `Question`s from a .jsonl file, in its order; of several with one text the first is kept.
+
+    A number as `answer` becomes its Python text: 5 -> "5", 2.50 -> "2.5".
+    Raises InputError for a file or line it cannot take, and for a file without questions.
+    """
+    questions = {}
+    for where, line in _lines(path, ".jsonl"):
+        row = _json_object(where, line)
+        if type(row.get("answer")) in (int, float) and abs(row["answer"]) != math.inf:  # 1e999 parses as inf
+            row["answer"] = str(row["answer"])
+        text = _text(where, row, "question")
+        answer = _text(where, row, "answer", "a non-empty string or a number") if "answer" in row else None
+        questions.setdefault(text, Question(text, answer))
+    if not questions:
+        raise InputError(f'{_name(path)}: has no question; lines like {{"question": "2 + 3?"}} are accepted')
+    return list(questions.values())
+
+
+def split_questions(questions, num_eval, seed):
+    """Split into (train, held_out), exactly `num_eval` of them held out, each in an order drawn from `seed`.
+
+    Decided by a hash of every text: the order of the file does not matter, and adding questions never moves
+    one from train to held_out. Texts equal but for case and spacing fall on one side; held_out keeps one.
+    Raises InputError when nothing would be left to train on.
+    """
+    same = {}
+    for question in sorted(questions, key=lambda question: question.text):
+        same.setdefault(_normalised(question.text), []).append(question)
+    if not 0 <= num_eval < len(same):
+        raise InputError(f"num_eval is {num_eval}, of {len(same)} distinct questions; "
+                         "0 up to one less than the number of questions is accepted")
+    keys = sorted(same, key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest())
+    train = [question for key in keys[num_eval:] for question in same[key]]
+    return train, [same[key][0] for key in keys[:num_eval]]
+
+
+def build_messages(question_text, principle_text):
+    """The prompt (see the top of this file) as a list of one chat message."""
+    content = f"{question_text}\n\nPrinciple: {principle_text}\n{FORMAT_INSTRUCTION}"
+    return [{"role": "user", "content": content}]
+
+
+def encode_prompts(tokenizer, conversations, max_length=None):
+    """Token ids, a list of int for each conversation (a list of chat messages), up to the model's turn.
+
+    They start with one BOS where the chat template or the tokenizer writes one; never with two.
+    Raises InputError for a tokenizer without chat template, a prompt of more than `max_length` tokens (a cut
+    could lose its principle), and a text with a control token such as "<end_of_turn>", which would forge a
+    turn. Refused, not escaped: the model should read what the file says, and no escape suits every tokenizer.
+    """
+    try:
+        tokenizer.get_chat_template()
+    except ValueError:
+        raise InputError(f"tokenizer {tokenizer.name_or_path!r}: has no chat template; one from an "
+                         "instruction-tuned model, or with chat_template set, is accepted") from None
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    control = sorted({*tokenizer.all_special_tokens, *added})
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    prompts = []
+    for conversation in conversations:
+        content = "\n".join(message["content"] for message in conversation)
+        question, _, rest = content.partition("\n\nPrinciple: ")
+        principle = rest.partition("\n")[0]
+        where = f"question {_short(question)}, principle {_short(principle)}"
+        for token in control:
+            if token in content and token not in FORMAT_INSTRUCTION:  # <answer> as a token forges no turn
+                raise InputError(f"{where}: contains {token!r}, a control token of the tokenizer; "
+                                 "text without control tokens is accepted")
+        # This call adds no special tokens: a BOS in it is the template's. Thinking is off for Qwen-3's sake
+        # (others ignore it): with a <think> block first, no completion would earn the format reward.
+        ids = tokenizer.apply_chat_template(
+            conversation, add_generation_prompt=True, return_dict=False, enable_thinking=False)
+        if adds_bos and bos not in ids:
+            ids = [bos, *ids]
+        while bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        if max_length is not None and len(ids) > max_length:
+            raise InputError(f"{where}: the prompt has {len(ids)} tokens; at most {max_length} are accepted")
+        prompts.append(ids)
+    return prompts
+
+
+def _check_principles(path, rows):
+    """Principles from (where, dict) pairs."""
+    principles, seen = [], {}
+    for where, row in rows:
+        if unknown := sorted(row.keys() - {"principle", "id", "negative"}):
+            raise InputError(f"{where}: unknown {_short(unknown[0])}; principle, id, negative are accepted")
+        row = {"id": f"p{len(principles) + 1}", **row}
+        text, name = _text(where, row, "principle"), _text(where, row, "id")
+        negative = _text(where, row, "negative") if "negative" in row else None
+        for field, value, key in ("principle", text, _normalised(text)), ("id", name, name):
+            first = seen.setdefault((field, key), where)
+            if first != where:
+                wrong = f"{field} {_short(value)} is on line {first.rpartition(':')[2]} too"
+                raise InputError(f"{where}: {wrong}; different ones are accepted")
+        principles.append(Principle(name, text, negative))
+    if len(principles) < 2:
+        raise InputError(f"{_name(path)}: has {len(principles)} principle(s); 2 or more are accepted")
+    return principles
+
+
+def _lines(path, *endings):
+    """Yield ("file:number", text) of each line that is not blank."""
+    _check_ending(path, *endings)
+    where = _name(path)
+    try:
+        with open(path, "rb") as file:  # bytes: str.splitlines would split at U+2028, legal in a JSON string
+            for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
+                where = f"{_name(path)}:{number}"
+                if len(raw) > MAX_LINE:
+                    raise InputError(f"{where}: the line is too long; at most {MAX_LINE} bytes are accepted")
+                text = raw.decode().lstrip("\ufeff").rstrip()
+                if text:
+                    yield where, text
+    except UnicodeDecodeError as error:
+        wrong = f"byte {error.start + 1} is {raw[error.start]:#04x}"
+        raise InputError(f"{where}: {wrong}; text in UTF-8 is accepted") from None
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read ({error.strerror}); a text file is accepted") from None
+
+
+def _json_object(where, text):
+    """The dict on a line; NaN, Infinity and repeated keys, which Python would let pass, are refused."""
+    def refuse_constant(name):
+        raise ValueError(f"{name} is not a JSON value")
+
+    def refuse_repeats(pairs):
+        row = {}
+        for key, value in pairs:
+            if key in row:
+                raise ValueError(f"key {_short(key)} is repeated")
+            row[key] = value
+        return row
+
+    try:
+        value = json.loads(text, object_pairs_hook=refuse_repeats, parse_constant=refuse_constant)
+        if isinstance(value, dict):
+            return value
+        wrong = f"{_short(value)} is not an object"
+    except json.JSONDecodeError as error:
+        rest = text[error.pos:] or "end of line"
+        wrong = f"JSON breaks at column {error.colno}, {_short(rest)} ({error.msg})"
+    except RecursionError:
+        wrong = "JSON is nested too deeply"
+    except ValueError as error:  # from the two above, or Python's own for a number of over 4300 digits
+        wrong = str(error)
+    raise InputError(f"{where}: {wrong}; one JSON object a line is accepted")
+
+
+def _text(where, row, field, accepted="a non-empty string"):
+    """The stripped text of a field."""
+    value = row.get(field)
+    if field not in row:
+        raise InputError(f"{where}: {field} is missing in {_short(row)}; {accepted} is accepted")
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: {field} is {_short(value)}; {accepted} is accepted")
+    if bad := re.search("[\0\ud800-\udfff]", value):  # JSON can spell lone surrogates, UTF-8 cannot
+        raise InputError(f"{where}: {field} contains {bad[0]!r}; Unicode text without NUL is accepted")
+    return value.strip()
+
+
+def _check_ending(path, *endings):
+    if not str(path).lower().endswith(endings):
+        ending = Path(path).suffix
+        raise InputError(f"{_name(path)}: ends in {ending!r}; {' and '.join(endings)} files are accepted")
+
+
+def _normalised(text):
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def _name(path):
+    return str(path) if str(path).isprintable() else repr(str(path))
+
+
+def _short(value):
+    """`value` on one line, in 40 characters."""
+    shown = repr(value[:40]) if isinstance(value, str) else reprlib.repr(value)
+    return shown if len(shown) <= 40 else shown[:39] + "…"

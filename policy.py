@@ -1,0 +1,266 @@
+"""What the losses need of a language model: sample, score, hidden states. Any Hugging Face causal LM.
+
+Every function takes P prompts (lists of token ids) and N completions of each; a prompt goes through the model once:
+
+    cache = prompt[:-1] through the model                       # [P, L-1], left-padded
+    row   = prompt[-1], y_1 … y_{T-1} after a copy of the cache # predicts y_1 … y_T
+    log_probs[p, n, t] = log softmax(head(hidden[p, n, t]) / temperature)[y_t]
+
+Gradients flow through the copied cache, so values and gradients are those of the plain forward (a test holds that for
+Llama, Gemma-3 and Qwen-3); the K·G completions of a question cost K prompts, not K·K·G. The temperature divides the
+logits here, in sampling and scoring alike: a ratio or a score is about the distribution that was sampled from.
+
+Logits exist for a chunk of completion tokens at a time, never for prompts or padding, and are made again in the
+backward pass: a [rows, T, V] tensor would take more memory than the model.
+
+To copy: it needs torch, transformers, and the class InputError.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from data import InputError
+
+LOGITS_PER_CHUNK = 2**24  # elements of the largest block of logits: 64 MB in float32
+ROWS_PER_FORWARD = 64  # rows are sorted by length and sent this many at a time, so that little of a block is padding
+
+
+@dataclass
+class Completions:
+    """N sampled completions of each of P prompts, padded on the right."""
+
+    tokens: torch.Tensor  # [P, N, T] int64
+    mask: torch.Tensor  # [P, N, T] bool, True on completion tokens, the end token among them
+    truncated: torch.Tensor  # [P, N] bool, True where no end token came within max_new_tokens
+    entropy: torch.Tensor  # [P, N] mean over tokens of the entropy of the next-token distribution, nats
+
+    def __post_init__(self):
+        if self.tokens.ndim != 3 or self.mask.shape != self.tokens.shape or self.mask.dtype != torch.bool:
+            raise ValueError(
+                f"expected tokens and a bool mask, both [P, N, T]; got {list(self.tokens.shape)} and "
+                f"{list(self.mask.shape)} of {self.mask.dtype}"
+            )
+
+
+def load_model(name: str, device):
+    """(model, tokenizer) of a folder or a hub id, in float32, dropout off. Raises InputError with one line.
+
+    Weights only as safetensors, and no code of the repository's own: a checkpoint is data here, never a program.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:  # the library raises OSError, ValueError, KeyError, SafetensorError, … for bad folders
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"--model: {name}: {reason}; a folder or hub id of a causal language model in safetensors is accepted"
+        ) from None
+    tags = "<reasoning> </reasoning> <answer> </answer>"
+    if tokenizer.decode(tokenizer(tags, add_special_tokens=False)["input_ids"], skip_special_tokens=True) != tags:
+        raise InputError(f"--model: {name}: its tokenizer loses {tags}; one that keeps them as text is accepted")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = model.to(device).eval()  # eval for good: no dropout, and the cache stays on
+    check_model(model)
+    return model, tokenizer
+
+
+def eos_ids(model, tokenizer) -> list[int]:
+    """Every id that ends a completion: Gemma-3 has <eos> and <end_of_turn>, and lists both in its generation config."""
+    ids = model.generation_config.eos_token_id
+    ids = [ids] if isinstance(ids, int) else list(ids or [])
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    if not ids:
+        raise ValueError("neither the generation config nor the tokenizer names an end token")
+    return sorted(set(ids))
+
+
+def head(model, hidden):
+    """Logits [..., V] of hidden states [..., d], in float32 (or float64), before the temperature."""
+    logits = model.get_output_embeddings()(hidden)  # [..., V]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # [..., V]
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)  # [..., V]
+
+
+def check_model(model) -> None:
+    """Raises ValueError for an architecture whose logits `head` would get wrong (some scale them in their forward)."""
+    ids = torch.arange(1, 9, device=model.device)[None]  # [1, 8]
+    with torch.no_grad():
+        hidden = model.get_decoder()(input_ids=ids).last_hidden_state  # [1, 8, d]
+        if not torch.allclose(head(model, hidden), model(input_ids=ids).logits.float(), rtol=1e-2, atol=1e-2):
+            raise ValueError(f"{type(model).__name__} treats its logits in a way that policy.head does not know")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The shared prefix
+
+
+def _prefill(model, prompts: list[list[int]]):
+    """All but the last token of each prompt through the model: (keys and values by layer, mask [P, L-1], last [P])."""
+    if not prompts or min(map(len, prompts)) < 2:
+        raise ValueError("expected at least one prompt, each of at least two tokens")
+    length = max(map(len, prompts)) - 1
+    ids = torch.tensor([[p[0]] * (length + 1 - len(p)) + p[:-1] for p in prompts], device=model.device)  # [P, L-1]
+    start = torch.tensor([length + 1 - len(p) for p in prompts], device=model.device)  # [P]
+    mask = torch.arange(length, device=model.device) >= start[:, None]  # [P, L-1]
+    cache = DynamicCache()  # made without the config, so that sliding-window layers keep all: a row needs its position
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # [P, L-1]
+    model.get_decoder()(
+        input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True
+    )
+    last = torch.tensor([p[-1] for p in prompts], device=model.device)  # [P]
+    return [(layer.keys, layer.values) for layer in cache.layers], mask, last
+
+
+def _copy_cache(layers, rows) -> DynamicCache:
+    """A cache whose row r continues prompt rows[r]."""
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(layers):
+        cache.update(keys[rows], values[rows], index)
+    return cache
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@torch.no_grad()
+def sample(model, prompts, num_generations, max_new_tokens, temperature, eos, pad_id, generator) -> Completions:
+    """Sample `num_generations` completions of each prompt from softmax(logits / temperature), nothing truncated.
+
+    prompts: P lists of token ids. eos: the ids that end a completion (see eos_ids). generator: a torch.Generator on
+    the model's device. No top-k or top-p: then the scores of a sample are exactly its log-probability.
+    A row that has ended leaves the batch, so that a long completion does not make the others cost.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    layers, prefix_mask, last = _prefill(model, prompts)
+    num_rows = len(prompts) * num_generations
+    rows = torch.arange(num_rows, device=model.device) // num_generations  # [R] the prompt of each row
+    cache, mask, inputs = _copy_cache(layers, rows), prefix_mask[rows], last[rows]
+    active = torch.arange(num_rows, device=model.device)  # [A] the rows not ended
+    tokens = torch.full((num_rows, max_new_tokens), pad_id, device=model.device)  # [R, T]
+    lengths = torch.zeros(num_rows, dtype=torch.long, device=model.device)  # [R]
+    entropy = torch.zeros(num_rows, device=model.device)  # [R]
+    ends = torch.tensor(eos, device=model.device)  # [number of end tokens]
+    for t in range(max_new_tokens):
+        mask = F.pad(mask, (0, 1), value=True)  # [A, L+t]
+        hidden = model.get_decoder()(
+            input_ids=inputs[:, None],
+            attention_mask=mask.long(),
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state  # [A, 1, d]
+        logp = F.log_softmax(head(model, hidden[:, -1]) / temperature, dim=-1)  # [A, V]
+        probs = logp.exp()  # [A, V]
+        inputs = torch.multinomial(probs, 1, generator=generator)[:, 0]  # [A]
+        tokens[active, t] = inputs
+        lengths[active] += 1
+        entropy[active] -= (probs * logp.clamp(min=-1e30)).sum(-1)  # 0 · -inf would be NaN
+        ended = torch.isin(inputs, ends)  # [A]
+        if ended.any():
+            keep = (~ended).nonzero()[:, 0]  # [A']
+            active, inputs, mask = active[keep], inputs[keep], mask[keep]
+            if not len(active):
+                break
+            cache.batch_select_indices(keep)
+    truncated = torch.zeros(num_rows, dtype=torch.bool, device=model.device)  # [R]
+    truncated[active] = True
+    shape = (len(prompts), num_generations)
+    width = int(lengths.max())
+    return Completions(
+        tokens[:, :width].reshape(*shape, width),  # [P, N, T]
+        (torch.arange(width, device=model.device) < lengths[:, None]).reshape(*shape, width),  # [P, N, T]
+        truncated.reshape(shape),  # [P, N]
+        (entropy / lengths).reshape(shape),  # [P, N]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+def hidden_states(model, prompts, completions_tokens, mask, rows_per_forward: int = ROWS_PER_FORWARD):
+    """Final hidden states [P, N, T, d] at the positions that predict each completion token; zero where mask is False.
+
+    prompts: P lists of token ids. completion tokens and mask: [P, N, T], padded on the right (masks are prefixes).
+    """
+    tokens = completions_tokens
+    if tokens.ndim != 3 or tokens.shape[0] != len(prompts) or mask.shape != tokens.shape:
+        raise ValueError(
+            f"expected tokens and mask [P={len(prompts)}, N, T], got {list(tokens.shape)} and {list(mask.shape)}"
+        )
+    num, per_prompt, width = tokens.shape
+    layers, prefix_mask, last = _prefill(model, prompts)
+    inputs = torch.cat([last[:, None, None].expand(-1, per_prompt, 1), tokens[..., :-1]], -1)  # [P, N, T]
+    inputs, lengths = inputs.reshape(-1, width), mask.sum(-1).flatten()  # [R, T], [R]
+    order = lengths.argsort(descending=True, stable=True)  # [R]
+    blocks = []
+    for rows in order.split(rows_per_forward):
+        length = max(int(lengths[rows[0]]), 1)  # the longest of the block
+        prompt = rows // per_prompt  # [rows]
+        seen = prefix_mask[prompt]  # [rows, L-1]
+        positions = seen.sum(1, keepdim=True) + torch.arange(length, device=rows.device)  # [rows, length]
+        hidden = model.get_decoder()(
+            input_ids=inputs[rows, :length],
+            attention_mask=F.pad(seen, (0, length), value=True).long(),
+            position_ids=positions,
+            past_key_values=_copy_cache(layers, prompt),
+            use_cache=True,
+        ).last_hidden_state  # [rows, length, d]
+        hidden = hidden.masked_fill(~mask.flatten(0, 1)[rows, :length, None], 0)  # [rows, length, d]
+        blocks.append(F.pad(hidden, (0, 0, 0, width - length)))  # [rows, T, d]
+    return torch.cat(blocks)[order.argsort()].reshape(num, per_prompt, width, -1)  # [P, N, T, d]
+
+
+def log_probs(model, hidden, tokens, mask, temperature, logits_per_chunk: int = LOGITS_PER_CHUNK):
+    """Log-probability of each token under softmax(head(hidden) / temperature): tokens' shape, nats, 0 off the mask.
+
+    hidden: [..., d]; tokens and mask: [...]. The logits of at most `logits_per_chunk` elements exist at a time.
+    """
+    if hidden.shape[:-1] != tokens.shape or mask.shape != tokens.shape:
+        raise ValueError(
+            f"expected hidden [..., d] with tokens and mask [...], got {list(hidden.shape)}, {list(tokens.shape)} "
+            f"and {list(mask.shape)}"
+        )
+
+    def chunk_logp(states, targets):
+        logits = head(model, states) / temperature  # [C, V]
+        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)  # [C]
+
+    states, targets = hidden[mask], tokens[mask]  # [M, d], [M]
+    size = max(1, logits_per_chunk // model.get_output_embeddings().weight.shape[0])
+    if len(states) <= size:
+        parts = [chunk_logp(states, targets)]
+    else:
+        pairs = zip(states.split(size), targets.split(size), strict=True)
+        parts = [checkpoint(chunk_logp, s, t, use_reentrant=False) for s, t in pairs]
+    flat = torch.cat(parts)  # [M]
+    return flat.new_zeros(tokens.shape).masked_scatter(mask, flat)  # [...]
+
+
+def cot_mask(tokenizer, tokens, mask, close: str = "</reasoning>"):
+    """The mask [..., T] cut after the first token at which the decoded text holds `close`; unchanged where none does.
+
+    Whether position t is inside depends on tokens up to t alone (a stopping time), so the sum of log-probabilities
+    under this mask is the exact log-probability of having written that chain of thought.
+    """
+    lengths = mask.sum(-1)  # [...]
+    spans = []
+    for ids, length in zip(tokens.flatten(0, -2).tolist(), lengths.flatten().tolist(), strict=True):
+        low, high = 0, length  # `close` is not within the first `low` tokens, and is within `high` if it is anywhere
+        while high - low > 1 and close in tokenizer.decode(ids[:length]):
+            middle = (low + high) // 2
+            low, high = (low, middle) if close in tokenizer.decode(ids[:middle]) else (middle, high)
+        spans.append(high)
+    spans = torch.tensor(spans, device=mask.device).reshape(lengths.shape)  # [...]
+    return torch.arange(mask.shape[-1], device=mask.device) < spans[..., None]  # [..., T]

@@ -1,0 +1,302 @@
+"""Sinkhorn against closed forms first, then invariants, gradients, numerical limits and the door."""
+
+import doctest
+import math
+import warnings
+
+import pytest
+import torch
+
+import sinkhorn
+from sinkhorn import entropic_ot, relative_eps, sinkhorn_divergence, sinkhorn_potentials, transport_plan
+
+pytestmark = pytest.mark.filterwarnings("error")  # a solve that does not converge fails its test
+TIGHT = dict(max_iter=5000, tol=1e-8)  # values are right to about tol^2
+
+
+def cloud(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def weights(*shape, seed=0):
+    w = torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.2
+    return w / w.sum(-1, keepdim=True)
+
+
+def close(actual, expected, bug, rtol=1e-9, atol=1e-9):
+    actual, expected = (torch.as_tensor(t, dtype=torch.float64).detach() for t in (actual, expected))
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, msg=lambda m: f"{bug}\n{m}")
+
+
+# ---- closed forms
+
+@pytest.mark.parametrize("eps", [0.3, 1.0, 30.0])
+def test_two_by_two_plan_by_hand(eps):
+    c = 2.0  # P = [[p, q], [q, p]], p + q = 1/2, p / q = exp(c / eps)
+    cost = torch.tensor([[0.0, c], [c, 0.0]], dtype=torch.float64)
+    f, g, _ = sinkhorn_potentials(cost, eps, **TIGHT)
+    p, q = 0.5 / (1 + math.exp(-c / eps)), 0.5 / (1 + math.exp(c / eps))
+    plan = torch.tensor([[p, q], [q, p]], dtype=torch.float64)
+    close(transport_plan(f, g, cost, eps), plan, "plan is not a b exp((f + g - C) / eps)")
+    x = torch.tensor([[0.0], [math.sqrt(c)]], dtype=torch.float64)
+    close(entropic_ot(x, x, eps, **TIGHT)[0], -eps * math.log((1 + math.exp(-c / eps)) / 2),
+          "value is not <P, C> + eps KL(P | a b): entropy convention or a lost factor 1/2")
+
+
+def test_two_diracs():
+    x, y = cloud(1, 5), cloud(1, 5, seed=1)
+    squared = (x - y).square().sum()
+    for eps in (1e-3, 1.0, 1e3):
+        close(entropic_ot(x, y, eps)[0], squared, "one point to one point must cost ||x - y||^2, with no 1/2")
+        close(sinkhorn_divergence(x, y, eps)[0], squared, "self terms of a Dirac must be 0")
+
+
+@pytest.mark.parametrize("eps", [0.05, 1.0, 100.0])
+def test_translation_costs_its_squared_length(eps):
+    # ||x_i - x_j - v||^2 = ||x_i - x_j||^2 + terms of i alone and of j alone, which the potentials absorb
+    x, v, a = cloud(12, 3), torch.tensor([1.0, -2.0, 0.5]), weights(12)
+    value, _ = sinkhorn_divergence(x, x + v, eps, a, a, max_iter=5000, tol=1e-6)
+    close(value, v.square().sum(), "S(x, x + v) must be ||v||^2", rtol=1e-7)
+
+
+@pytest.mark.parametrize("eps", [0.2, 1.0, 20.0])
+def test_gaussians_janati_2020(eps):
+    # OT_eps between N(0, A) and N(t, B) in 1-D, C = (x - y)^2, eps = 2 s^2 (Janati et al. 2020, theorem 1):
+    # t^2 + A + B - D + s^2 (1 - log 2 s^2) + s^2 log(D + s^2),  D = sqrt(4 A B + s^4)
+    grid, A, B, t, s2 = torch.linspace(-7, 7, 121, dtype=torch.float64), 1.0, 0.49, 0.8, eps / 2
+    x, y, w = grid[:, None] * A ** 0.5, t + grid[:, None] * B ** 0.5, torch.exp(-grid.square() / 2)
+
+    def closed(A, B, t):
+        D = math.sqrt(4 * A * B + s2 * s2)
+        return t * t + A + B - D + s2 * (1 - math.log(2 * s2)) + s2 * math.log(D + s2)
+
+    ot, debiased = closed(A, B, t), closed(A, B, t) - closed(A, A, 0) / 2 - closed(B, B, 0) / 2
+    close(entropic_ot(x, y, eps, w, w, **TIGHT)[0], ot, "eps convention: KL to a b, eps = 2 sigma^2")
+    close(sinkhorn_divergence(x, y, eps, w, w, **TIGHT)[0], debiased, "self terms: wrong weights or factor")
+
+
+def test_small_eps_is_the_sorted_assignment():
+    x, y = cloud(8, 1), cloud(8, 1, seed=1)
+    sorted_cost = (x.sort(0).values - y.sort(0).values).square().mean()
+    ot = entropic_ot(x, y, 1e-3)[0] - 1e-3 * math.log(8)  # the KL of a permutation plan is log n
+    close(ot, sorted_cost, "eps -> 0: not the optimal assignment", atol=1e-4)
+    close(sinkhorn_divergence(x, y, 1e-3)[0], sorted_cost, "eps -> 0: S is not W2^2", atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_eps_limits(dtype):
+    x, y = cloud(20, 3, dtype=dtype), cloud(30, 3, seed=1, dtype=dtype) + 0.1
+    bug = "eps -> infinity: sum P - 1 (or log b) rounded at 1e-7 eps instead of 1e-7 C"
+    rtol = 2e-5 if dtype is torch.float32 else 1e-6
+    mean_cost = torch.cdist(x.double(), y.double()).square().mean()
+    close(entropic_ot(x, y, 1e7)[0], mean_cost, bug, rtol)
+    close(sinkhorn_divergence(x, y, 1e7)[0], (x.mean(0) - y.mean(0)).square().sum(), bug, rtol, atol=2e-6)
+
+
+# ---- invariants
+
+def test_symmetric_zero_at_equality_and_nonnegative():
+    for seed in range(4):
+        x, y = cloud(15, 2, seed=seed), cloud(10, 2, seed=seed + 10)
+        a, b = weights(15, seed=seed), weights(10, seed=seed + 1)
+        for eps in (0.1, 1.0, 10.0):
+            s = sinkhorn_divergence(x, y, eps, a, b, **TIGHT)[0]
+            close(s, sinkhorn_divergence(y, x, eps, b, a, **TIGHT)[0], "S(x, y) != S(y, x)")
+            assert s > 0, "S of different clouds must be positive: self terms too large?"
+            close(sinkhorn_divergence(x, x.clone(), eps, a, a, **TIGHT)[0], 0.0, "S(x, x) != 0")
+
+
+def test_scaling_permutation_and_translation():
+    x, y, a, b = cloud(14, 3), cloud(9, 3, seed=1), weights(14), weights(9)
+    s = sinkhorn_divergence(x, y, 0.5, a, b, **TIGHT)[0]
+    close(sinkhorn_divergence(3 * x, 3 * y, 4.5, a, b, **TIGHT)[0], 9 * s, "S(c x, c y, c^2 eps) != c^2 S")
+    p = torch.randperm(14, generator=torch.Generator().manual_seed(0))
+    close(sinkhorn_divergence(x[p], y, 0.5, a[p], b, **TIGHT)[0], s, "S depends on the order of the points")
+    close(sinkhorn_divergence(x + 1e3, y + 1e3, 0.5, a, b, **TIGHT)[0], s, "S depends on the origin", 1e-8)
+    close(sinkhorn_divergence(x, y, 0.5, 7 * a, b, **TIGHT)[0], s, "weights are not normalised")
+
+
+def test_relative_eps_is_the_weighted_mean_cost():
+    x, y, a, b = cloud(2, 7, 3), cloud(2, 5, 3, seed=1), weights(2, 7), weights(5)
+    mean = torch.einsum("...i,j,...ij->...", a, b, torch.cdist(x, y).square())
+    close(relative_eps(x.requires_grad_(), y, 0.1, a, b), 0.1 * mean, "mean(C) not weighted by a b^T")
+    assert not relative_eps(x, y, 0.1).requires_grad, "eps must be detached"
+    point = torch.ones(3, 2)
+    value, info = sinkhorn_divergence(point, point, relative_eps(point, point, 0.1))
+    assert info.converged and abs(value.item()) < 1e-12, "identical points: eps floor missing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_weight_is_a_removed_point(dtype):
+    eps, where = 0.3, (slice(None), slice(0, 6))
+    x, y = cloud(2, 8, 3, dtype=dtype), cloud(2, 9, 3, seed=1, dtype=dtype)
+    x[:, 6:], y[:, 7:] = 1e3, 1e3  # both pads at one far place: exp((f + g - C) / eps) overflows there
+    a, b = torch.ones(8), torch.ones(9)  # masks
+    a[6:], b[7:] = 0, 0
+    for function in (entropic_ot, sinkhorn_divergence):
+        full, cut = x.clone().requires_grad_(), x[where].clone().requires_grad_()
+        value, info = function(full, y, eps, a, b)
+        expected, _ = function(cut, y[:, :7], eps)
+        tol = 1e-5 if dtype is torch.float32 else 1e-9
+        assert info.converged, "a padded point must not enter the stopping test"
+        close(value, expected, "a zero-weight point changes the value", tol, tol)
+        value.sum().backward()
+        expected.sum().backward()
+        close(full.grad[where], cut.grad, "a zero-weight point changes another point's gradient", tol, tol)
+        close(full.grad[:, 6:], torch.zeros(2, 2, 3), "a zero-weight point has a gradient", 0, 0)
+
+
+def test_batch_equals_loop():
+    x, y = cloud(2, 3, 10, 4), cloud(2, 3, 7, 4, seed=1) * torch.tensor([1.0, 2.0, 0.1])[:, None, None]
+    eps = relative_eps(x, y, torch.tensor([0.05, 0.5, 5.0]))
+    a, b = weights(2, 3, 10), weights(7)
+    value, info = sinkhorn_divergence(x, y, eps, a, b, **TIGHT)
+    assert value.shape == info.marginal_error.shape == (2, 3), "batch dimensions lost"
+    for i in range(2):
+        for j in range(3):
+            alone, _ = sinkhorn_divergence(x[i, j], y[i, j], eps[i, j].item(), a[i, j], b, **TIGHT)
+            close(value[i, j], alone, "batch elements influence each other")
+
+
+# ---- the plan and the gradients
+
+def test_plan_marginals_and_duality():
+    x, y, a, b, eps = cloud(3, 11, 2), cloud(3, 6, 2, seed=1), weights(3, 11), weights(6), 0.2
+    cost = torch.cdist(x, y).square()
+    f, g, info = sinkhorn_potentials(cost, eps, a, b, max_iter=5000, tol=1e-10)
+    plan = transport_plan(f, g, cost, eps, a, b)
+    close(plan.sum(-2), b.expand(3, 6), "column sums must be exact after the last g update", atol=1e-12)
+    error = (plan.sum(-1) - a).abs().sum(-1)
+    close(info.marginal_error, error, "marginal_error is not that of the returned (f, g)", 1e-3, 1e-13)
+    kl = (plan * (plan / (a[..., None] * b)).log()).sum((-2, -1))
+    primal = (plan * cost).sum((-2, -1)) + eps * kl
+    close(entropic_ot(x, y, eps, a, b, **TIGHT)[0], primal, "dual value != <P, C> + eps KL(P | a b)")
+
+
+@pytest.mark.parametrize("function", [entropic_ot, sinkhorn_divergence])
+def test_gradcheck_points_and_weights(function):
+    leaves = [cloud(2, 5, 2), cloud(2, 4, 2, seed=1), weights(2, 5), weights(2, 4, seed=1)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+
+    def value(x, y, a, b):
+        return function(x, y, 0.5, a, b, tol=1e-11)[0]
+
+    assert torch.autograd.gradcheck(value, leaves, atol=1e-7, rtol=1e-6), "gradient != finite difference"
+
+
+def test_weight_gradient_is_the_potential():
+    x, y, a = cloud(6, 2), cloud(5, 2, seed=1), weights(6).requires_grad_()
+    f, _, _ = sinkhorn_potentials(torch.cdist(x, y).square(), 0.5, a, tol=1e-11)
+    entropic_ot(x, y, 0.5, a, tol=1e-11)[0].backward()
+    close(a.grad, f - (a * f).sum(), "dOT/da must be f, less its mean (weights are normalised)")
+
+
+def test_coincident_points_have_zero_gradient():
+    x = torch.ones(4, 3, requires_grad=True)
+    value, _ = entropic_ot(x, torch.ones(2, 3), 0.1)
+    value.backward()
+    close(x.grad, torch.zeros(4, 3), "gradient at distance 0: NaN of a sqrt, or half of a clamp", 0, 0)
+    y = cloud(30, 4, dtype=torch.float32)
+    x = y.clone().requires_grad_()
+    sinkhorn_divergence(x, y, 0.5)[0].backward()
+    close(30 * x.grad, torch.zeros(30, 4), "S is least at x = y: its gradient must vanish", 0, 2e-3)
+
+
+def test_only_first_order():
+    x = cloud(5, 2).requires_grad_()
+    grad, = torch.autograd.grad(entropic_ot(x, cloud(5, 2, seed=1), 0.5)[0], x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(grad.sum(), x)
+
+
+# ---- numerical limits
+
+@pytest.mark.parametrize("eps_rel", [1e-3, 1e-2, 1.0, 1e3])
+def test_float32_agrees_with_float64(eps_rel):
+    x, y = cloud(2, 24, 8, dtype=torch.float32), cloud(2, 16, 8, seed=1, dtype=torch.float32)
+    x[1, 0] += 100  # a far outlier
+    eps, results = relative_eps(x, y, eps_rel), []
+    for dtype in (torch.float32, torch.float64):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # at 1e-3 float32 may stop above tol; the value is good even so
+            value, info = sinkhorn_divergence(leaf, y, eps, max_iter=3000)
+        value.sum().backward()
+        assert info.marginal_error.max() < 1e-3, f"{dtype} ended far from the marginals: {info}"
+        results.append((value, leaf.grad * 24))
+    (value, grad), (value64, grad64) = results
+    assert value.dtype is torch.float32, "float32 clouds must give a float32 value"
+    close(value, value64, "float32 loses the value: cancellation in C or in the dual", 1e-4)
+    scale = torch.tensor([1.0, 100.0])[:, None, None]  # the outlier's gradient sets the scale of its cloud
+    close(grad / scale, grad64 / scale, "float32 loses the gradient", 1e-3, 2e-2)
+
+
+def test_far_from_the_origin_keeps_float32_precision():
+    x, y = cloud(20, 64, dtype=torch.float32), cloud(20, 64, seed=1, dtype=torch.float32)
+    shift = torch.zeros(64)
+    shift[3] = 4096.0  # a "massive activation": one huge coordinate shared by all
+    moved_x, moved_y = x + shift, y + shift
+    expected = sinkhorn_divergence(moved_x.double() - shift, moved_y.double() - shift, 10.0)[0]
+    value, _ = sinkhorn_divergence(moved_x, moved_y, 10.0)
+    close(value, expected, "cancellation in |x|^2 + |y|^2 - 2 x y", 1e-5)
+
+
+def test_autocast_and_bfloat16_are_float32_inside():
+    x, y = cloud(2, 20, 16, dtype=torch.bfloat16), cloud(2, 20, 16, seed=1, dtype=torch.bfloat16)
+    x.requires_grad_()
+    expected = sinkhorn_divergence(x.float(), y.float(), 3.0)[0]
+    value, _ = sinkhorn_divergence(x, y, 3.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, _ = sinkhorn_divergence(x.float(), y.float(), 3.0)
+    assert value.dtype is inside.dtype is torch.float32, "the value must leave in float32"
+    close(value, expected, "bfloat16 input was not upcast", 0, 0)
+    close(inside, expected, "autocast reached a matrix product", 0, 0)
+    value.sum().backward()
+    assert x.grad.dtype is torch.bfloat16 and x.grad.isfinite().all(), "gradient not in the input's type"
+
+
+def test_not_converged_is_loud():
+    x, y = cloud(20, 2), cloud(20, 2, seed=1)
+    for function in (entropic_ot, sinkhorn_divergence):
+        with pytest.warns(RuntimeWarning, match="after 3 iterations") as caught:
+            value, info = function(x, y, 1e-3, max_iter=3)
+        assert len(caught) == 1 and caught[0].filename == __file__, "one warning, pointing at the caller"
+        assert not info.converged and info.iterations == 3 and info.marginal_error > 1e-4, "info hides it"
+        assert value.isfinite(), "an early stop must still be finite"
+    early, exact = entropic_ot(x, y, 0.1, tol=0.5)[0], entropic_ot(x, y, 0.1, tol=1e-6)[0]
+    assert exact - 1 < early < exact, "an early dual value must bound the value from below"
+    cost = torch.cdist(x, y).square().float()
+    with pytest.warns(RuntimeWarning, match="float64"):
+        info = sinkhorn_potentials(cost, 1.0, max_iter=10**6, tol=1e-12)[2]
+    assert info.iterations < 500 and not info.converged, "float32 stagnation burns max_iter"
+
+
+# ---- the door
+
+@pytest.mark.parametrize("change, message", [
+    (dict(x=torch.zeros(0, 2)), "x must be a non"), (dict(y=torch.zeros(3, 2).long()), "y must be a non"),
+    (dict(x=torch.zeros(4, 3)), "x and y must agree"), (dict(x=torch.zeros(2, 4, 2)), "x and y must agree"),
+    (dict(x=torch.full((4, 2), math.nan)), "x must be finite"), (dict(x=torch.full((4, 2), 1e30)), "C / eps"),
+    (dict(a=torch.ones(3)), r"a must be a tensor \[4\]"), (dict(a=torch.tensor([2.0, 1, 1, -1])), "a must"),
+    (dict(b=torch.zeros(3)), "positive sum"), (dict(b=torch.tensor([1, math.inf, 1])), "b must be finite"),
+    (dict(eps=0.0), "eps must be finite and > 0"), (dict(eps=math.nan), "eps must be finite and > 0"),
+    (dict(eps=torch.ones(2)), "broadcast to the"), (dict(eps=torch.ones((), requires_grad=True)), "det"),
+    (dict(max_iter=0), "max_iter must be >= 1"), (dict(tol=0.0), "tol > 0"),
+])
+def test_door(change, message):
+    good = dict(x=torch.rand(4, 2), y=torch.rand(3, 2), eps=1.0)
+    for function in (entropic_ot, sinkhorn_divergence):
+        with pytest.raises(ValueError, match=message):
+            function(**(good | change))
+
+
+def test_door_of_the_potentials():
+    for cost, message in ((torch.ones(3), "cost must be"), (torch.ones(2, 0), "cost must be"),
+                          (torch.tensor([[0.0, math.inf]]), "C / eps must be finite")):
+        with pytest.raises(ValueError, match=message):
+            sinkhorn_potentials(cost, 1.0)
+
+
+def test_docstring_examples():
+    result = doctest.testmod(sinkhorn)
+    assert result.attempted > 0 and result.failed == 0, "the example in the module docstring is wrong"

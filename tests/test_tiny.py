@@ -1,0 +1,91 @@
+"""tiny.py: the task is what its opening says, and the shipped model is the one that was recorded."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import metrics
+import policy
+import tiny
+from data import load_principles
+from grpo import format_reward
+
+
+def test_held_out_numbers_are_never_trained_on():
+    rng = random.Random(0)
+
+    def keys(held_out):
+        return {(p.steps[0][:3], p.steps[1][1:3]) for p in (tiny.make_problem(rng, held_out) for _ in range(5000))}
+
+    assert not keys(True) & keys(False)
+    train, held_out = tiny.make_questions(4096, False), tiny.make_questions(512, True)
+    assert len({q.text for q in train}) == 4096 and len({q.text for q in held_out}) == 512
+    assert not {q.text for q in train} & {q.text for q in held_out}
+
+
+def test_working_is_right_and_shows_its_principle_and_no_other():
+    rng = random.Random(0)
+    for _ in range(300):
+        problem = tiny.make_problem(rng)
+        (a, sign, b, first), (left, sign2, c, answer) = problem.steps
+        assert left == first and eval(f"({a} {sign} {b}) {sign2} {c}") == answer == problem.answer > 0
+        assert not any(tiny.follows(tiny._plain(problem), other) for other in tiny.STYLES)
+        for name, style in tiny.STYLES.items():
+            assert [other for other in tiny.STYLES if tiny.follows(style.write(problem), other)] == [name]
+
+
+def test_the_text_has_the_rates_that_the_opening_states():
+    rng, num = random.Random(0), 6000
+    problem = tiny.make_problem(rng)
+    style = tiny.STYLES["check"]
+    texts = [tiny.write_completion(rng, problem, style.rate, style) for _ in range(num)]
+    guesses = [t for t in texts if any(g in t for g in tiny.GUESSES)]
+    works = [t for t in texts if t not in set(guesses)]
+
+    def share(rows, test):
+        return sum(map(test, rows)) / len(rows)
+
+    assert abs(len(guesses) / num - tiny.GUESS) < 0.03
+    assert abs(share(works, lambda t: tiny.follows(t, "check")) - style.rate) < 0.03
+    assert abs(share(guesses, format_reward) - tiny.FORMAT["guess"]) < 0.03
+    assert abs(share(works, format_reward) - tiny.FORMAT["work"]) < 0.03
+    assert share(works, lambda t: metrics.answer_is_right(t, str(problem.answer))) == 1
+    assert share(guesses, lambda t: metrics.answer_is_right(t, str(problem.answer))) < 0.1
+
+
+def test_the_example_file_holds_the_principles_of_the_task():
+    path = tiny.MODEL_DIR.parent / "principles" / "reasoning.txt"
+    assert [p.text for p in load_principles(path)] == [p.text for p in tiny.principles()]
+
+
+def test_the_tokenizer_returns_every_text_and_has_one_template_for_all():
+    tokenizer = tiny.make_tokenizer()
+    assert len(tokenizer) == 512
+    for text in ("<reasoning>1 + 1 = 2.</reasoning><answer>2</answer>", "naïve 😀 \n\t x", " two  spaces "):
+        assert tokenizer.decode(tiny.encode(tokenizer, text)) == text
+    with pytest.raises(Exception, match="roles user and assistant"):
+        tokenizer.apply_chat_template([{"role": "system", "content": "x"}])
+
+
+def test_labels_are_the_completion_and_its_end_alone():
+    tokenizer = tiny.make_tokenizer()
+    ids, mask, labels = tiny.encode_examples(tokenizer, random.Random(0), 8)
+    for row in range(8):
+        told = ids[row][labels[row] != -100]
+        assert (told == labels[row][labels[row] != -100]).all() and told[-1] == tokenizer.eos_token_id
+        text = tokenizer.decode(ids[row][mask[row].bool()])
+        assert text.endswith("<|assistant|>" + tokenizer.decode(told)), "a label in the prompt, or the mask is off"
+
+
+def test_the_shipped_model_loads_and_scores_as_recorded():
+    files = sum(f.stat().st_size for f in tiny.MODEL_DIR.iterdir())
+    assert files <= 4 * 2**20, f"tiny-model/ is {files} bytes"
+    recorded = json.loads((tiny.MODEL_DIR / "record.json").read_text())
+    model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    seen = tiny.measure(model, tokenizer, num_questions=64)
+    assert abs(seen["loss"] - recorded["loss"]) < 1e-3, "not the weights, or not the text, that were recorded"
+    assert 0.4 <= recorded["accuracy"] <= 0.7 and recorded["format"] < 0.5
+    for name in ("format", "accuracy", "si"):
+        assert abs(seen[name] - recorded[name]) < 0.08, f"{name}: {seen[name]:.3f}, recorded {recorded[name]:.3f}"

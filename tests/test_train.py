@@ -1,0 +1,325 @@
+"""train.py: the batch, the three losses, the loop and what it writes, on the embedded model."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import policy
+import tiny
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+PRINCIPLES = str(ROOT / "principles" / "reasoning.txt")
+SMALL = (
+    "--num-questions 2 --num-principles 2 --num-generations 2 --max-steps 2 --eval-questions 3 --eval-steps 1 "
+    "--warmup-steps 1 --max-completion-length 24"
+).split()
+
+
+def make_config(*flags):
+    return train.parse(["--principles", PRINCIPLES, *SMALL, *flags])
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    return policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+
+
+def make_batch(tiny_model, config, questions=3):
+    model, tokenizer = tiny_model
+    drawn = train.draw(tiny.make_questions(50, False), tiny.principles(), config, 0)
+    drawn = [part[:questions] for part in drawn]
+    generator = torch.Generator().manual_seed(0)
+    batch = train.roll_out(model, tokenizer, *drawn, config.num_generations, config, generator)
+    train.refer(copy.deepcopy(model), batch, config)
+    return batch
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished small run."""
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    assert train.main(["--principles", PRINCIPLES, *SMALL, "--output-dir", str(run_dir)]) == 0
+    return run_dir
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------ the batch
+
+
+def test_an_epoch_repeats_no_question_and_a_draw_depends_on_seed_and_step_alone():
+    config = make_config("--num-questions", "5", "--num-principles", "3")
+    questions = tiny.make_questions(20, False)
+    epoch = [q.text for step in range(4) for q in train.draw(questions, tiny.principles(), config, step)[0]]
+    assert sorted(epoch) == sorted(q.text for q in questions)
+    for ps in train.draw(questions, tiny.principles(), config, 2)[1]:
+        assert len({p.id for p in ps}) == 3, "a principle stands twice in one group of candidates"
+    assert train.draw(questions, tiny.principles(), config, 7) == train.draw(questions, tiny.principles(), config, 7)
+    assert train.draw(questions, tiny.principles(), config, 7) != train.draw(questions, tiny.principles(), config, 8)
+
+
+def test_scores_equal_brute_force(tiny_model):
+    """Every completion of a question under each of its principles: the plain forward, one row at a time."""
+    model, tokenizer = tiny_model
+    config = make_config("--num-principles", "3", "--temperature", "0.8")
+    batch = make_batch(tiny_model, config, questions=2)
+    with torch.no_grad():
+        scores, hidden, logp = train.all_completions(model, batch, 0.8)  # [Q, G, K, K], [Q, K, G, T, d], [Q, K, G, T]
+        own = train.own_completions(model, batch)  # [Q, K, G, T, d]
+        for q in range(2):
+            for g in range(2):
+                for i in range(3):
+                    ids = batch.tokens[q, i, g][batch.mask[q, i, g]]  # [T']
+                    text = tokenizer.decode(ids)
+                    span = int(batch.cot[q, i, g].sum())
+                    assert ("</reasoning>" in text) == (tokenizer.decode(ids[:span])[-12:] == "</reasoning>")
+                    for j in range(3):
+                        prompt = batch.prompts[q][j]
+                        logits = model(torch.tensor([prompt + ids.tolist()])).logits[0] / 0.8
+                        steps = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, ids[:, None])[:, 0]  # [T']
+                        assert math.isclose(scores[q, g, i, j], steps[:span].sum(), abs_tol=1e-3), (
+                            f"completion {i} under principle {j}: transposed, or scored beyond the chain of thought?"
+                        )
+                        if i == j:
+                            torch.testing.assert_close(logp[q, i, g, : len(ids)], steps, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hidden, own, rtol=1e-4, atol=1e-4)
+
+
+def test_rewards_and_advantages_belong_to_question_and_principle(tiny_model):
+    batch = make_batch(tiny_model, make_config("--num-generations", "6"))
+    for q in range(2):
+        for k in range(2):
+            rewards = [train.format_reward(text) for text in batch.texts[q][k]]
+            assert batch.rewards[q, k].tolist() == rewards
+            torch.testing.assert_close(batch.advantages[q, k], torch.tensor(rewards) - sum(rewards) / 6)
+
+
+def test_the_sinkhorn_cloud_is_of_completion_tokens_only(tiny_model):
+    batch = make_batch(tiny_model, make_config("--ot-tokens", "100000"))
+    valid = batch.mask.flatten(1)  # [Q, K·G·T]
+    weighted = batch.weights > 0  # [Q, n]
+    assert valid.gather(1, batch.cloud)[weighted].all(), "padding takes part in the transport"
+    assert (weighted.sum(1) == valid.sum(1)).all(), "with room for all tokens, all must take part"
+    torch.testing.assert_close(batch.weights.sum(1), torch.ones(2))
+    few = make_batch(tiny_model, make_config("--ot-tokens", "5"))
+    assert few.cloud.shape == (2, 5) and (few.weights == 0.2).all()
+    assert all(len(set(row.tolist())) == 5 for row in few.cloud)
+
+
+# ------------------------------------------------------------------------------------------------ the losses
+
+
+def gradient_of(model, config, batch, micro_batch):
+    """The gradient that `update` steps along, by a plain optimiser that takes it."""
+    model = copy.deepcopy(model)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    config = copy.copy(config)
+    config.micro_batch, config.max_grad_norm = micro_batch, 1e9
+    stats, _ = train.update(model, torch.optim.SGD(model.parameters(), lr=1.0), batch, config)
+    return before - torch.cat([p.detach().flatten() for p in model.parameters()]), stats
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo"])
+def test_accumulation_over_questions_changes_nothing(tiny_model, loss_type):
+    config = make_config("--num-questions", "3", "--loss-type", loss_type, "--lambda-mi", "0.1", "--beta", "0.1",
+                         "--lambda-ot", "0.1", "--num-generations", "4")
+    batch = make_batch(tiny_model, config)
+    whole, stats = gradient_of(tiny_model[0], config, batch, 3)
+    assert whole.norm() > 0
+    for size in (1, 2):
+        parts, part_stats = gradient_of(tiny_model[0], config, batch, size)
+        assert (whole - parts).norm() / whole.norm() < 1e-5, "a term is not a mean over questions"
+        for name in ("loss", "loss_grpo", "loss_mi", "loss_ot", "mi_row", "ratio_mean"):
+            assert math.isclose(stats[name], part_stats[name], rel_tol=1e-4, abs_tol=1e-5), name
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms_and_zero_weights_leave_grpo(tiny_model):
+    config = make_config("--lambda-mi", "0.3", "--lambda-ot", "0.7")
+    batch = make_batch(tiny_model, config)
+    loss, stats, _ = train.losses(tiny_model[0], batch, config)
+    expected = stats["loss_grpo"] + 0.3 * stats["loss_mi"] + 0.7 * stats["loss_ot"]
+    torch.testing.assert_close(loss, expected)
+    config = make_config("--lambda-mi", "0", "--lambda-ot", "0")
+    loss, stats, scores = train.losses(tiny_model[0], make_batch(tiny_model, config), config)
+    assert scores is None and set(stats) >= {"loss_grpo", "ratio_mean"} and "loss_mi" not in stats
+    torch.testing.assert_close(loss, stats["loss_grpo"])
+
+
+def test_on_policy_the_ratio_is_one_and_the_gradient_is_not_zero_then_it_leaves_one(tiny_model):
+    flags = ["--lambda-mi", "0", "--lambda-ot", "0", "--num-generations", "8", "--temperature", "1.3"]
+    batch = make_batch(tiny_model, make_config(*flags))
+    assert batch.advantages.abs().max() > 0
+    step, stats = gradient_of(tiny_model[0], make_config(*flags), batch, 2)
+    assert stats["ratio_mean"] == 1 and step.norm() > 0
+    config = make_config(*flags, "--num-iterations", "3")
+    model = copy.deepcopy(tiny_model[0])
+    parts = batch.part(0, 2)
+    stats, _ = train.update(model, torch.optim.AdamW(model.parameters(), lr=3e-3), parts, config)
+    assert stats["ratio_mean"] != 1 and stats["clip_fraction"] > 0, "with several passes ratio and clipping are real"
+
+
+def test_sinkhorn_term_is_zero_at_the_start_and_pulls_back(tiny_model):
+    config = make_config("--lambda-ot", "1", "--lambda-mi", "0")
+    batch = make_batch(tiny_model, config)
+    _, stats, _ = train.losses(tiny_model[0], batch, config)
+    assert abs(stats["loss_ot"]) < 1e-3
+    model = copy.deepcopy(tiny_model[0])
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    batch.advantages.zero_()  # the Sinkhorn term alone
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    drift = [train.update(model, optimizer, batch, config)[0]["loss_ot"] for _ in range(8)]
+    assert drift[0] > 0.1 and drift[-1] < 0.9 * drift[0], f"descent on it does not bring the states back: {drift}"
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+def test_a_run_writes_what_it_promises(run):
+    config = json.loads((run / "config.json").read_text())
+    assert config["settings"]["num_principles"] == 2 and config["settings"]["seed"] == 0
+    assert config["versions"]["torch"] == torch.__version__ and "git_commit" in config
+    assert len(lines(run / "principles.jsonl")) == 8
+    steps = lines(run / "metrics.jsonl")
+    assert [s["step"] for s in steps] == [1, 2]
+    names = (
+        "loss loss_grpo loss_mi loss_ot reward zero_variance_groups kl ratio_mean clip_fraction mi_row mi_column "
+        "mi_ceiling si sinkhorn_iterations sinkhorn_error grad_norm completion_length truncated entropy learning_rate "
+        "seconds_sampling seconds_training tokens_per_second_sampling tokens_per_second_training"
+    ).split()
+    for step in steps:
+        assert not set(names) - set(step) and all(math.isfinite(value) for value in step.values())
+    samples = lines(run / "samples.jsonl")
+    assert {"question", "principle", "completion", "reward", "scores"} <= set(samples[0])
+    evals = json.loads((run / "eval.json").read_text())
+    assert set(evals["steps"]) == {"1"}
+    for when in ("start", "end"):
+        assert evals[when]["questions"] == 3
+        for name in ("format", "accuracy", "si", "mi_row", "mi_column", "sinkhorn"):
+            value = evals[when][name]
+            assert value["low"] - 1e-6 <= value["mean"] <= value["high"] + 1e-6
+    assert abs(evals["start"]["sinkhorn"]["mean"]) < 1e-3
+
+
+def test_the_trained_model_loads_with_the_librarys_own_tools(run):
+    model = AutoModelForCausalLM.from_pretrained(run / "final")
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    assert tokenizer.chat_template and model.generation_config.eos_token_id == tokenizer.eos_token_id
+    start = AutoModelForCausalLM.from_pretrained(tiny.MODEL_DIR)
+    assert any((a != b).any() for a, b in zip(model.parameters(), start.parameters(), strict=True)), "nothing trained"
+    writer = pipeline("text-generation", model=str(run / "final"))
+    question = "Tom has 7 pens, gets 5 more and gives away 3. How many pens are left?"
+    messages = train.build_messages(question, "Number every step.")
+    answer = writer(messages, max_new_tokens=40, do_sample=False)[0]["generated_text"][-1]
+    assert answer["role"] == "assistant" and len(answer["content"]) > 5
+
+
+def test_same_seed_same_metrics(run, tmp_path):
+    def figures(run_dir):
+        return [{k: v for k, v in s.items() if "second" not in k} for s in lines(run_dir / "metrics.jsonl")]
+
+    again, other = tmp_path / "again", tmp_path / "other"
+    assert train.main(["--principles", PRINCIPLES, *SMALL, "--output-dir", str(again)]) == 0
+    assert figures(again) == figures(run)
+    assert (again / "samples.jsonl").read_text() == (run / "samples.jsonl").read_text()
+    assert train.main(["--principles", PRINCIPLES, *SMALL, "--output-dir", str(other), "--seed", "1"]) == 0
+    assert figures(other) != figures(run)
+
+
+def test_a_short_training_teaches_the_format(tmp_path):
+    """Not a unit test: the whole loop has to point the right way. Plain GRPO, 15 steps, some seconds."""
+    flags = "--lambda-mi 0 --lambda-ot 0 --max-steps 15 --num-questions 4 --num-generations 8 --num-principles 2 " \
+            "--eval-questions 64 --eval-steps 0 --learning-rate 3e-4".split()
+    assert train.main(["--principles", PRINCIPLES, "--output-dir", str(tmp_path / "run"), *flags]) == 0
+    evals = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert evals["end"]["format"]["low"] > evals["start"]["format"]["high"], "no rise: sign, mask, old_logp?"
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "content, flags, told",
+    [
+        (None, ["--principles", "{tmp}/none.txt"], ["none.txt", "text file"]),
+        (None, ["--principles", "{tmp}"], ["{tmp}", ".txt"]),
+        (b"", [], ["p.txt", "2 or more"]),
+        (b"Only one.\n", [], ["p.txt", "2 or more"]),
+        (b"A.\nB.\nA.\n", [], ["p.txt:3", "line 1", "'A.'"]),
+        (b"A.\n\xff\xfe\n", [], ["p.txt:2", "0xff", "UTF-8"]),
+        (b"A.\nB.\n", [], ["--num-principles", "got 4", "2 to 2"]),
+        (b"A.\nB.\nC.\n" + b"word " * 600, [], ["word word", "tokens", "448"]),
+        (b"A.\nB.\nC.\n<|user|> D.\n", [], ["<|user|>", "control token"]),
+        (None, ["--num-questions", "0"], ["--num-questions", "got 0", "1 or more"]),
+        (None, ["--num-generations", "-3"], ["--num-generations", "got -3"]),
+        (None, ["--num-principles", "1"], ["--num-principles", "got 1", "2 or more"]),
+        (None, ["--num-principles", "9"], ["--num-principles", "got 9", "2 to 8"]),
+        (None, ["--max-steps", "0"], ["--max-steps", "1 or more"]),
+        (None, ["--max-steps", "ten"], ["--max-steps", "ten"]),
+        (None, ["--max-completion-length", "0"], ["--max-completion-length", "1 or more"]),
+        (None, ["--max-completion-length", "600"], ["--max-completion-length", "got 600", "512"]),
+        (None, ["--temperature", "0"], ["--temperature", "got 0.0", "above 0"]),
+        (None, ["--temperature", "nan"], ["--temperature", "got nan"]),
+        (None, ["--learning-rate", "-1"], ["--learning-rate", "got -1.0"]),
+        (None, ["--learning-rate", "inf"], ["--learning-rate", "got inf"]),
+        (None, ["--lambda-mi", "-0.1"], ["--lambda-mi", "got -0.1"]),
+        (None, ["--loss-type", "ppo"], ["--loss-type", "ppo", "dr_grpo"]),
+        (None, ["--lr-scheduler-type", "sawtooth"], ["sawtooth", "cosine"]),
+        (None, ["--no-such-flag", "1"], ["--no-such-flag", "--help"]),
+        (None, ["--model", "{tmp}"], ["--model", "{tmp}", "safetensors"]),
+        (None, ["--questions", "{tmp}/none.jsonl"], ["none.jsonl"]),
+        (None, ["--output-dir", str(ROOT)], ["--output-dir", str(ROOT), "not empty"]),
+        (None, ["--output-dir", "/dev/null/run"], ["/dev/null"]),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(content, flags, told, tmp_path, capsys):
+    flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
+    if "--principles" not in flags:
+        path = PRINCIPLES if content is None else write(tmp_path / "p.txt", content)
+        flags = ["--principles", path, *flags]
+    if "--output-dir" not in flags:
+        flags += ["--output-dir", str(tmp_path / "run")]
+    assert train.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, f"more than one line: {error}"
+    for part in told:
+        assert part.replace("{tmp}", str(tmp_path)) in error, f"{part!r} is not in: {error}"
+
+
+def test_a_broken_line_of_questions_is_named(tmp_path, capsys):
+    path = write(tmp_path / "q.jsonl", b'{"question": "1 + 1?"}\n{"question": }\n')
+    assert train.main(["--principles", PRINCIPLES, "--questions", path, "--output-dir", str(tmp_path / "run")]) == 2
+    assert "q.jsonl:2" in capsys.readouterr().err
+
+
+def test_own_questions_without_answers_train_too(tmp_path):
+    rows = [json.dumps({"question": q.text}) for q in tiny.make_questions(12, False)]
+    path = write(tmp_path / "q.jsonl", "\n".join(rows).encode())
+    flags = [*SMALL, "--max-steps", "1", "--questions", path, "--output-dir", str(tmp_path / "run")]
+    assert train.main(["--principles", PRINCIPLES, *flags]) == 0
+    assert "accuracy" not in json.loads((tmp_path / "run" / "eval.json").read_text())["end"]
+
+
+def test_as_a_command_it_shows_no_traceback(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--principles", str(tmp_path / "none.txt")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir()), "a refused run leaves nothing behind"

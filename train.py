@@ -1,0 +1,555 @@
+"""ENIGMA: train a language model to reason by your principles, with no reward model and no labels.
+
+    python train.py --principles principles/reasoning.txt                 # the embedded model: two minutes, no GPU
+    python train.py --principles mine.txt --model google/gemma-3-1b-it --questions mine.jsonl
+
+One loop, one optimiser step, three terms, each a mean over questions:
+
+    L = L_GRPO + lambda_mi * L_SAMI + lambda_ot * S_eps
+
+    L_GRPO   clipped policy loss; the only reward is the format of the completion               grpo.py
+    L_SAMI   symmetric InfoNCE: which principle wrote this, which completion did it write?      infonce.py
+    S_eps    Sinkhorn divergence between hidden states of policy and frozen start, same tokens  sinkhorn.py
+
+A batch is num_questions x num_principles (K) x num_generations (G) completions. The GRPO group of a completion is the G
+completions of its question and principle. `--lambda-mi 0 --lambda-ot 0` is plain GRPO.
+"""
+
+import copy
+import datetime
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import tiny
+from data import (
+    InputError,
+    build_messages,
+    encode_prompts,
+    load_principles,
+    load_questions,
+    save_principles,
+    split_questions,
+)
+from grpo import format_reward, group_advantages, grpo_loss
+from infonce import column_info_nce, row_info_nce, symmetric_info_nce
+from metrics import answer_is_right, bootstrap_interval, plot_run
+from policy import cot_mask, eos_ids, hidden_states, load_model, log_probs, sample
+from sinkhorn import relative_eps, sinkhorn_divergence
+
+
+def option(default, help, **kwargs):
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass
+class Config:
+    """Every setting of a run, in the order of `--help`. Names that TRL has mean what they mean there."""
+
+    principles: str = field(metadata={"help": "file of principles: .txt (one a line) or .jsonl"})
+    model: str = option("tiny", "the embedded model, a folder, or a Hugging Face hub id")
+    questions: str | None = option(None, ".jsonl with question and, optionally, answer; default: the embedded task's")
+    output_dir: str | None = option(None, "default: runs/<time>")
+    seed: int = option(0, "of everything random")
+
+    num_questions: int = option(4, "questions in a step")
+    num_principles: int = option(4, "K: principles drawn for each question")
+    num_generations: int = option(4, "G: completions of each question under each principle")
+    max_completion_length: int = option(64, "tokens; longer completions are cut and earn nothing")
+    temperature: float = option(1.0, "of sampling, and of every log-probability")
+
+    max_steps: int = option(80, "batches sampled")
+    num_iterations: int = option(1, "optimiser steps on each batch; above 1 the ratio leaves 1 and clipping is real")
+    learning_rate: float = option(2e-4, "of AdamW, after the warm-up (a 1B model: about 1e-6, with LoRA 1e-5)")
+    lr_scheduler_type: str = option("constant_with_warmup", "a name of transformers.SchedulerType")
+    warmup_steps: int = option(5, "steps of linear warm-up")
+    weight_decay: float = option(0.0, "of AdamW")
+    max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
+    micro_batch: int = option(4, "questions in one forward and backward pass: memory against speed, same result")
+
+    lambda_mi: float = option(0.03, "weight of the InfoNCE term")
+    mi_temperature: float = option(1.0, "divides the scores in the InfoNCE term (not in the metrics)")
+    lambda_ot: float = option(0.01, "weight of the Sinkhorn term")
+    ot_eps: float = option(0.1, "eps of the Sinkhorn term, relative to the mean squared distance")
+    ot_tokens: int = option(128, "completion tokens of a question that its Sinkhorn term compares")
+
+    epsilon: float = option(0.1, "the ratio is clipped below 1 - epsilon")
+    epsilon_high: float | None = option(None, "the ratio is clipped above 1 + epsilon_high; default: epsilon")
+    importance_sampling_level: Literal["sequence", "token"] = option("sequence", "what one ratio covers")
+    loss_type: Literal["grpo", "bnpo", "dr_grpo"] = option("dr_grpo", "how the policy loss is averaged over tokens")
+    scale_rewards: Literal["none", "group"] = option("none", "group: divide advantages by the group's std")
+    beta: float = option(0.0, "weight of the KL to the frozen start, inside the GRPO term")
+
+    eval_steps: int = option(40, "evaluate every so many steps; 0: only before and after")
+    eval_questions: int = option(128, "held-out questions in an evaluation")
+
+    def check(self) -> None:
+        """Raises InputError for the first value that cannot be."""
+        at_least = dict.fromkeys(
+            "num_questions num_generations max_completion_length max_steps num_iterations micro_batch eval_questions "
+            "ot_tokens".split(), 1,
+        ) | {"num_principles": 2, "warmup_steps": 0, "eval_steps": 0, "seed": 0}
+        for name, low in at_least.items():
+            if getattr(self, name) < low:
+                raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; {low} or more is accepted")
+        for name in "learning_rate temperature max_grad_norm mi_temperature ot_eps".split():
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; a number above 0 is accepted")
+        for name in "weight_decay lambda_mi lambda_ot epsilon epsilon_high beta".split():
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; 0 or more is accepted")
+        if self.epsilon > 1:
+            raise InputError(f"--epsilon: got {self.epsilon}; 0 to 1 is accepted")
+        if self.scale_rewards == "group" and self.num_generations == 1:
+            raise InputError("--num-generations: got 1; 2 or more is accepted with --scale-rewards group")
+        names = [t.value for t in transformers.SchedulerType]
+        if self.lr_scheduler_type not in names:
+            raise InputError(f"--lr-scheduler-type: got {self.lr_scheduler_type!r}; {', '.join(names)} are accepted")
+
+
+NORMALIZER = {"grpo": "sequence", "bnpo": "token", "dr_grpo": "constant"}  # TRL's name -> grpo.py's
+SCALE = {"none": "none", "group": "std"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A batch: draw, sample, reward, score
+
+
+@dataclass
+class Batch:
+    """Q questions x K principles x G completions; tensors with a leading Q are cut by `part`."""
+
+    prompts: list  # Q lists of K prompts, each a list of token ids
+    questions: list  # Q Questions
+    principles: list  # Q lists of K Principles
+    texts: list  # Q lists of K lists of G completions
+    tokens: torch.Tensor  # [Q, K, G, T]
+    mask: torch.Tensor  # [Q, K, G, T] bool, completion tokens
+    cot: torch.Tensor  # [Q, K, G, T] bool, those of the chain of thought
+    truncated: torch.Tensor  # [Q, K, G] bool
+    entropy: torch.Tensor  # [Q, K, G] nats per token
+    rewards: torch.Tensor  # [Q, K, G]
+    advantages: torch.Tensor  # [Q, K, G]
+    cloud: torch.Tensor  # [Q, n] indices into K·G·T: the tokens whose hidden states the Sinkhorn term compares
+    weights: torch.Tensor  # [Q, n] their weights; 0 where a question has fewer than n tokens
+    ref_cloud: torch.Tensor | None = None  # [Q, n, d] hidden states of the reference
+    ref_logp: torch.Tensor | None = None  # [Q, K, G, T]
+    old_logp: torch.Tensor | None = None  # [Q, K, G, T] set by the first pass over the batch
+
+    def part(self, start: int, size: int) -> "Batch":
+        return Batch(*(None if value is None else value[start : start + size] for value in vars(self).values()))
+
+
+def draw(questions, principles, config, step: int):
+    """The questions of a step, each with K principles. A function of seed and step alone; an epoch repeats nothing."""
+    chosen = []
+    for index in range(step * config.num_questions, (step + 1) * config.num_questions):
+        epoch, position = divmod(index, len(questions))
+        order = list(range(len(questions)))
+        random.Random(f"{config.seed} epoch {epoch}").shuffle(order)
+        chosen.append(questions[order[position]])
+    rng = random.Random(f"{config.seed} step {step}")
+    return chosen, [rng.sample(principles, config.num_principles) for _ in chosen]
+
+
+def roll_out(model, tokenizer, questions, principles, num_generations, config, generator) -> Batch:
+    """Sample, reward, and find the chain of thought: everything about a batch that needs no gradient."""
+    conversations = [build_messages(q.text, p.text) for q, ps in zip(questions, principles) for p in ps]
+    prompts = encode_prompts(tokenizer, conversations, prompt_limit(model, config))
+    out = sample(
+        model, prompts, num_generations, config.max_completion_length, config.temperature,
+        eos_ids(model, tokenizer), tokenizer.pad_token_id, generator,
+    )
+    shape = (len(questions), len(principles[0]), num_generations)
+    tokens, mask = out.tokens.reshape(*shape, -1), out.mask.reshape(*shape, -1)  # [Q, K, G, T]
+    flat = [ids[m].tolist() for ids, m in zip(tokens.flatten(0, 2), mask.flatten(0, 2))]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in flat]
+    rewards = torch.tensor([format_reward(text) for text in texts], device=model.device).reshape(shape)  # [Q, K, G]
+    valid = mask.flatten(1)  # [Q, K·G·T]
+    size = min(config.ot_tokens, valid.shape[1])
+    keys = torch.rand(valid.shape, generator=generator, device=model.device).masked_fill(~valid, -1)  # [Q, K·G·T]
+    cloud = keys.topk(size).indices  # [Q, n] drawn without replacement, padding last
+    weights = valid.gather(1, cloud).float()  # [Q, n]
+
+    def nest(rows, n):
+        return [rows[i : i + n] for i in range(0, len(rows), n)]
+
+    return Batch(
+        nest(prompts, shape[1]), questions, principles, nest(nest(texts, shape[2]), shape[1]), tokens, mask,
+        cot_mask(tokenizer, tokens, mask), out.truncated.reshape(shape), out.entropy.reshape(shape), rewards,
+        group_advantages(rewards, SCALE[config.scale_rewards]), cloud, weights / weights.sum(1, keepdim=True),
+    )
+
+
+def own_completions(model, batch: Batch):
+    """Hidden states [Q, K, G, T, d] of every completion under its own principle."""
+    shape = batch.tokens.shape
+    prompts = [p for row in batch.prompts for p in row]
+    return hidden_states(model, prompts, batch.tokens.flatten(0, 1), batch.mask.flatten(0, 1)).reshape(*shape, -1)
+
+
+def all_completions(model, batch: Batch, temperature):
+    """Every completion of a question under each of its principles: one pass gives the scores and all own tokens.
+
+    Returns scores [Q, G, K, K] (completion i, principle j) summed over the chain of thought; hidden [Q, K, G, T, d] and
+    logp [Q, K, G, T] of the completions under their own principle.
+    """
+    num_questions, num, per_group, width = batch.tokens.shape
+    prompts = [p for row in batch.prompts for p in row]
+
+    def under_each(tensor):  # [Q, K, G, T] -> [Q·K, K·G, T]: the question's completions, once for each principle j
+        wide = tensor.flatten(1, 2)[:, None].expand(-1, num, -1, -1)  # [Q, K, K·G, T]
+        return wide.flatten(0, 1)  # [Q·K, K·G, T]
+
+    own = torch.eye(num, dtype=torch.bool, device=batch.mask.device)[None, :, :, None, None]  # [1, K, K, 1, 1]
+    own = own.expand(num_questions, num, num, per_group, 1).reshape(num_questions * num, num * per_group, 1)
+    needed = under_each(batch.cot) | (own & under_each(batch.mask))  # the answer counts under its own principle only
+    hidden = hidden_states(model, prompts, under_each(batch.tokens), needed)  # [Q·K, K·G, T, d]
+    logp = log_probs(model, hidden, under_each(batch.tokens), needed, temperature)  # [Q·K, K·G, T]
+    logp = logp.reshape(num_questions, num, num, per_group, width)  # [Q, j, i, G, T]
+    hidden = hidden.reshape(num_questions, num, num, per_group, width, -1)  # [Q, j, i, G, T, d]
+    scores = (logp * batch.cot[:, None]).sum(-1)  # [Q, j, i, G]
+    index = torch.arange(num, device=hidden.device)  # [K]
+    return scores.permute(0, 3, 2, 1), hidden[:, index, index], logp[:, index, index]  # see above
+
+
+def refer(reference, batch: Batch, config) -> None:
+    """What the losses need of the frozen start, on the same tokens."""
+    if not (config.lambda_ot or config.beta):
+        return
+    with torch.no_grad():
+        hidden = own_completions(reference, batch)  # [Q, K, G, T, d]
+        batch.ref_cloud = pick(hidden, batch.cloud)  # [Q, n, d]
+        batch.ref_logp = log_probs(reference, hidden, batch.tokens, batch.mask, config.temperature)  # [Q, K, G, T]
+
+
+def pick(hidden, cloud):
+    """The hidden states [Q, n, d] of the chosen tokens: hidden [Q, K, G, T, d], cloud [Q, n]."""
+    states = hidden.flatten(1, 3)  # [Q, K·G·T, d]
+    return states.gather(1, cloud[..., None].expand(-1, -1, states.shape[-1]))  # [Q, n, d]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The three losses
+
+
+def losses(model, batch: Batch, config):
+    """(loss, statistics by name, scores) of the questions of a batch: means over questions of what each gives alone."""
+    stats = {}
+    if config.lambda_mi:
+        scores, hidden, logp = all_completions(model, batch, config.temperature)
+        stats["loss_mi"] = symmetric_info_nce(scores / config.mi_temperature)  # []
+        stats["mi_row"] = math.log(scores.shape[-1]) - row_info_nce(scores).mean()  # []
+        stats["mi_column"] = math.log(scores.shape[-1]) - column_info_nce(scores).mean()  # []
+    else:
+        scores, hidden = None, own_completions(model, batch)  # [Q, K, G, T, d]
+        logp = log_probs(model, hidden, batch.tokens, batch.mask, config.temperature)  # [Q, K, G, T]
+
+    if batch.old_logp is None:  # the first pass is on-policy: the ratio is exactly 1, its gradient is not 0
+        batch.old_logp = logp.detach()
+    by_question = [policy_loss(batch.part(q, 1), logp[q], config) for q in range(len(batch.questions))]
+    stats["loss_grpo"] = torch.stack([loss for loss, _ in by_question]).mean()  # []
+    for name in by_question[0][1]:
+        stats[name] = torch.stack([s[name] for _, s in by_question]).mean()  # []
+
+    if config.lambda_ot:
+        states = pick(hidden, batch.cloud)  # [Q, n, d]
+        eps = relative_eps(states, batch.ref_cloud, config.ot_eps, batch.weights, batch.weights)  # [Q]
+        value, info = sinkhorn_divergence(states, batch.ref_cloud, eps, batch.weights, batch.weights)
+        stats["loss_ot"] = value.mean()  # []
+        stats["sinkhorn_iterations"] = info.iterations
+        stats["sinkhorn_error"] = info.marginal_error.max()  # []
+    weighted = {"loss_mi": config.lambda_mi, "loss_ot": config.lambda_ot}
+    loss = stats["loss_grpo"] + sum(weight * stats[name] for name, weight in weighted.items() if weight)  # []
+    return loss, stats, scores
+
+
+def policy_loss(one: Batch, logp, config):
+    """grpo_loss of the K·G completions of one question; logp [K, G, T]."""
+    return grpo_loss(
+        logp.flatten(0, 1), one.old_logp.flatten(0, 2), one.advantages.flatten(), one.mask.flatten(0, 2),
+        level=config.importance_sampling_level, normalizer=NORMALIZER[config.loss_type], clip_low=config.epsilon,
+        clip_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
+        max_tokens=config.max_completion_length, beta=config.beta,
+        ref_logp=None if one.ref_logp is None else one.ref_logp.flatten(0, 2),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+EVAL_ROWS = 256  # completions sampled together in an evaluation
+
+
+def evaluate(model, reference, tokenizer, questions, principles, config) -> dict:
+    """Held-out questions, K principles each, one completion under each, at the training temperature.
+
+    Every figure is a mean over questions with its 95% bootstrap interval. Principles and random numbers are the same in
+    each evaluation of a run.
+    """
+    rng = random.Random(f"{config.seed} evaluation")
+    drawn = [rng.sample(principles, config.num_principles) for _ in questions]
+    generator = torch.Generator(model.device).manual_seed(config.seed)
+    values = {name: [] for name in ("format", "accuracy", "si", "mi_row", "mi_column", "sinkhorn", "completion_length")}
+    size = max(1, EVAL_ROWS // config.num_principles)
+    sample_text = None
+    for start in range(0, len(questions), size):
+        batch = roll_out(
+            model, tokenizer, questions[start : start + size], drawn[start : start + size], 1, config, generator
+        )
+        with torch.no_grad():
+            scores, hidden, _ = all_completions(model, batch, config.temperature)  # [Q, 1, K, K], [Q, K, 1, T, d]
+            states, ref = pick(hidden, batch.cloud), pick(own_completions(reference, batch), batch.cloud)  # [Q, n, d]
+        eps = relative_eps(states, ref, config.ot_eps, batch.weights, batch.weights)  # [Q]
+        ceiling = math.log(config.num_principles)
+        mi_row = ceiling - row_info_nce(scores).mean((1, 2))  # [Q]
+        values["format"].append(batch.rewards.mean((1, 2)))
+        values["mi_row"].append(mi_row)
+        values["mi_column"].append(ceiling - column_info_nce(scores).mean((1, 2)))
+        values["si"].append(mi_row / ceiling)
+        values["sinkhorn"].append(sinkhorn_divergence(states, ref, eps, batch.weights, batch.weights)[0])
+        values["completion_length"].append(batch.mask.sum(-1).float().mean((1, 2)))
+        right = [[answer_is_right(texts[0], q.answer) for texts in row] for q, row in zip(batch.questions, batch.texts)
+                 if q.answer is not None]
+        values["accuracy"].append(torch.tensor(right).float().reshape(len(right), config.num_principles).mean(1))
+        sample_text = sample_text or (batch.questions[0].text, batch.principles[0][0].text, batch.texts[0][0][0])
+    result = {"questions": len(questions)}
+    for name, parts in values.items():
+        column = torch.cat(parts).cpu()  # [N]
+        if len(column):
+            low, high = bootstrap_interval(column)
+            result[name] = {"mean": column.mean().item(), "low": low.item(), "high": high.item()}
+    result["si"] = {key: max(0.0, value) for key, value in result["si"].items()}
+    result["example"] = dict(zip(("question", "principle", "completion"), sample_text))
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(config: Config) -> Path:
+    """A whole run; returns its directory."""
+    run_dir = choose_run_dir(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_model(str(tiny.MODEL_DIR) if config.model == "tiny" else config.model, device)
+    principles, train_questions, held_out = load_data(config)
+    check_prompts(model, tokenizer, principles, train_questions + held_out, config)
+    start_run(run_dir, config, principles, device)
+
+    reference = copy.deepcopy(model).requires_grad_(False)  # the policy at the start
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = transformers.get_scheduler(
+        config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
+    )
+    generator = torch.Generator(device)
+    evals = {"start": evaluate(model, reference, tokenizer, held_out, principles, config), "steps": {}}
+    write_json(run_dir / "eval.json", evals)
+
+    bar = tqdm(range(config.max_steps), desc="training", dynamic_ncols=True)
+    for step in bar:
+        generator.manual_seed(config.seed * 1_000_003 + step)
+        clock = time.perf_counter()
+        drawn = draw(train_questions, principles, config, step)
+        batch = roll_out(model, tokenizer, *drawn, config.num_generations, config, generator)
+        sampled = time.perf_counter()
+        refer(reference, batch, config)
+        stats, scores = update(model, optimizer, batch, config)
+        stats["learning_rate"] = schedule.get_last_lr()[0]
+        schedule.step()
+        record(run_dir, step, batch, stats, scores, sampled - clock, time.perf_counter() - sampled)
+        bar.set_postfix({k: f"{stats[k]:.2f}" for k in ("reward", "si", "loss_ot") if k in stats})
+        if config.eval_steps and (step + 1) % config.eval_steps == 0 and step + 1 < config.max_steps:
+            evals["steps"][step + 1] = evaluate(model, reference, tokenizer, held_out, principles, config)
+            write_json(run_dir / "eval.json", evals)
+
+    evals["end"] = evaluate(model, reference, tokenizer, held_out, principles, config)
+    write_json(run_dir / "eval.json", evals)
+    model.save_pretrained(run_dir / "final")
+    tokenizer.save_pretrained(run_dir / "final")
+    report(run_dir, evals, plot_run(run_dir))
+    return run_dir
+
+
+def update(model, optimizer, batch: Batch, config):
+    """num_iterations optimiser steps on a batch: (means of the statistics, scores [Q, G, K, K] of the first pass)."""
+    total = len(batch.questions)
+    parts = [batch.part(q, config.micro_batch) for q in range(0, total, config.micro_batch)]
+    passes, scores = [], []
+    for iteration in range(config.num_iterations):
+        sums = {}
+        for part in parts:
+            loss, stats, part_scores = losses(model, part, config)
+            share = len(part.questions) / total
+            (share * loss).backward()
+            if iteration == 0 and part_scores is not None:
+                scores.append(part_scores.detach())
+            for name, value in {"loss": loss, **stats}.items():
+                sums[name] = sums.get(name, 0.0) + share * float(torch.as_tensor(value).detach())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm.item()}; terms: {sums}")
+        optimizer.step()
+        optimizer.zero_grad()
+        passes.append({**sums, "grad_norm": norm.item()})
+    stats = {name: sum(p[name] for p in passes) / len(passes) for name in passes[0]}
+    return stats, torch.cat(scores) if scores else None
+
+
+def record(run_dir, step, batch: Batch, stats, scores, seconds_sampling, seconds_training) -> None:
+    """Complete `stats`, and append a line to metrics.jsonl and some completions to samples.jsonl."""
+    tokens = batch.mask.sum().item()
+    spread = batch.rewards.amax(-1) - batch.rewards.amin(-1)  # [Q, K]
+    stats |= {
+        "reward": batch.rewards.mean().item(),
+        "zero_variance_groups": (spread == 0).float().mean().item(),
+        "completion_length": batch.mask.sum(-1).float().mean().item(),
+        "truncated": batch.truncated.float().mean().item(),
+        "entropy": batch.entropy.mean().item(),
+        "seconds_sampling": seconds_sampling,
+        "seconds_training": seconds_training,
+        "tokens_per_second_sampling": tokens / seconds_sampling,
+        "tokens_per_second_training": tokens / seconds_training,
+    }
+    if scores is not None:
+        stats["mi_ceiling"] = math.log(scores.shape[-1])
+        stats["si"] = max(0.0, stats["mi_row"]) / stats["mi_ceiling"]
+    append_json(run_dir / "metrics.jsonl", {"step": step + 1, **stats})
+    for i, principle in enumerate(batch.principles[0]):
+        append_json(run_dir / "samples.jsonl", {
+            "step": step + 1,
+            "question": batch.questions[0].text,
+            "principle": principle.text,
+            "completion": batch.texts[0][i][0],
+            "reward": batch.rewards[0, i, 0].item(),
+            "scores": None if scores is None else
+            {p.id: round(s, 3) for p, s in zip(batch.principles[0], scores[0, 0, i].tolist())},
+        })
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Around the loop: the run's directory, the settings, the report
+
+
+def choose_run_dir(config) -> Path:
+    """The run's directory, not made yet; raises InputError where there is something already."""
+    run_dir = Path(config.output_dir or Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S"))
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise InputError(f"--output-dir: {run_dir} exists and is not empty; a new or empty directory is accepted")
+    return run_dir
+
+
+def load_data(config):
+    """(principles, training questions, held-out questions) of a run."""
+    principles = load_principles(config.principles)
+    if config.num_principles > len(principles):
+        raise InputError(
+            f"--num-principles: got {config.num_principles}, and {config.principles} has {len(principles)} principles; "
+            f"2 to {len(principles)} are accepted"
+        )
+    if config.questions:
+        return principles, *split_questions(load_questions(config.questions), config.eval_questions, config.seed)
+    return principles, tiny.make_questions(4096, False, config.seed), tiny.make_questions(config.eval_questions, True)
+
+
+def prompt_limit(model, config) -> int:
+    context = getattr(model.config, "max_position_embeddings", None) or 2**20
+    return context - config.max_completion_length
+
+
+def check_prompts(model, tokenizer, principles, questions, config) -> None:
+    """Raises InputError for a question or principle that a step would stumble over hours later."""
+    if prompt_limit(model, config) < 2:
+        raise InputError(
+            f"--max-completion-length: got {config.max_completion_length}; fewer tokens than the model's context of "
+            f"{config.max_completion_length + prompt_limit(model, config)} are accepted, less those of the prompt"
+        )
+    longest_question = max((q.text for q in questions), key=len)
+    longest_principle = max((p.text for p in principles), key=len)
+    pairs = [(longest_question, p.text) for p in principles] + [(q.text, longest_principle) for q in questions]
+    encode_prompts(tokenizer, [build_messages(*pair) for pair in pairs], prompt_limit(model, config))
+
+
+def start_run(run_dir, config, principles, device) -> None:
+    """Make the run's directory with config.json and principles.jsonl; say what a step is."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    write_json(run_dir / "config.json", {
+        "settings": asdict(config),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__},
+        "git_commit": git.stdout.strip() or None,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPUs",
+        "started": datetime.datetime.now().isoformat(timespec="seconds"),
+    })
+    save_principles(run_dir / "principles.jsonl", principles)
+    rows = config.num_questions * config.num_principles * config.num_generations
+    print(f"{run_dir}: a step is {config.num_questions} questions x {config.num_principles} of {len(principles)} "
+          f"principles x {config.num_generations} completions = {rows} completions", flush=True)
+
+
+def write_json(path: Path, value) -> None:
+    """Written aside, then moved: a reader never sees half a file."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def append_json(path: Path, value) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def report(run_dir, evals, plot) -> None:
+    """The table of before and after, one example, and where everything lies."""
+    print(f"\n{'held-out questions: ' + str(evals['start']['questions']):30}{'start':>22}{'end':>22}")
+    for name in ("format", "accuracy", "si", "mi_row", "mi_column", "sinkhorn", "completion_length"):
+        cells = [evals[when].get(name) for when in ("start", "end")]
+        if all(cells):
+            print(f"{name:30}" + "".join(f"{c['mean']:8.2f} [{c['low']:5.2f}, {c['high']:5.2f}]" for c in cells))
+    example = evals["start"]["example"]
+    print(f"\nquestion:  {example['question']}\nprinciple: {example['principle']}")
+    for when in ("start", "end"):
+        print(f"{when:10} {evals[when]['example']['completion']!r}")
+    print(f"\nmodel {run_dir}/final, figures {run_dir}/eval.json, steps {run_dir}/metrics.jsonl, "
+          f"completions {run_dir}/samples.jsonl" + (f", plot {plot}" if plot else ""))
+
+
+def parse(argv=None) -> Config:
+    parser = transformers.HfArgumentParser(Config, description=__doc__.split("\n\n")[0])
+
+    def refuse(message):
+        raise InputError(f"{message}; --help lists what is accepted")
+
+    parser.error = refuse
+    config = Config(**vars(parser.parse_args(argv)))
+    config.check()
+    return config
+
+
+def main(argv=None) -> int:
+    """0; or 2 after one line on stderr that says what is wrong and what is accepted."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        train(parse(argv))
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
