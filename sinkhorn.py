@@ -153,12 +153,14 @@ def _iterate(scaled, a, b, max_iter, tol, symmetric=False):
         stalled = iteration - best_at >= PATIENCE and best <= rounding
         if worst <= tol or iteration == max_iter or stalled:
             break
+        done = (error <= tol)[..., None]  # [..., 1] these stay: a problem's result must not depend on its batch
         if symmetric:
-            u = v = (u + new) / 2  # [..., n]
+            u = v = torch.where(done, u, (u + new) / 2)  # [..., n]
         else:
             uphill = (excess * (new - old)).sum(-1) <= 0  # [...] -excess is the dual's gradient in u
             age = torch.where(uphill, age + 1, 0)  # [...]
-            u, old = new + (age / (age + 3))[..., None] * (new - old), new  # [..., n], [..., n]
+            ahead = new + (age / (age + 3))[..., None] * (new - old)  # [..., n]
+            u, old = torch.where(done, u, ahead), new  # [..., n], [..., n]
             v = -torch.logsumexp((log_a + u)[..., :, None] - scaled, -2)  # [..., m]
     v = new if symmetric else v  # [..., m] the error is that of (u, u) then, which (u, new) improves on
     return u, v, SinkhornInfo(iteration, error, worst <= tol)  # [..., n], [..., m]

@@ -158,6 +158,15 @@ def test_batch_equals_loop():
             close(value[i, j], alone, "batch elements influence each other")
 
 
+def test_a_loose_tolerance_does_not_couple_batch_elements():
+    """With an early stop the slowest element must not refine the others: accumulation would change results."""
+    x, y = cloud(3, 12, 4), cloud(3, 9, 4, seed=1)
+    eps = relative_eps(x, y, torch.tensor([0.02, 0.3, 3.0]))
+    together, _ = sinkhorn_divergence(x, y, eps, tol=1e-2)
+    alone = torch.stack([sinkhorn_divergence(x[i], y[i], eps[i], tol=1e-2)[0] for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+
+
 # ---- the plan and the gradients
 
 def test_plan_marginals_and_duality():
