@@ -357,6 +357,7 @@ def train(config: Config) -> Path:
     generator = torch.Generator(device)
     evals = {"start": evaluate(model, reference, tokenizer, held_out, principles, config), "steps": {}}
     write_json(run_dir / "eval.json", evals)
+    print(f"start: {summary(evals['start'])}", flush=True)
 
     bar = tqdm(range(config.max_steps), desc="training", dynamic_ncols=True)
     for step in bar:
@@ -374,6 +375,7 @@ def train(config: Config) -> Path:
         if config.eval_steps and (step + 1) % config.eval_steps == 0 and step + 1 < config.max_steps:
             evals["steps"][step + 1] = evaluate(model, reference, tokenizer, held_out, principles, config)
             write_json(run_dir / "eval.json", evals)
+            bar.write(f"step {step + 1}: {summary(evals['steps'][step + 1])}")
 
     evals["end"] = evaluate(model, reference, tokenizer, held_out, principles, config)
     write_json(run_dir / "eval.json", evals)
@@ -512,6 +514,11 @@ def append_json(path: Path, value) -> None:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
+def summary(values) -> str:
+    names = [name for name in ("format", "accuracy", "si", "sinkhorn") if name in values]
+    return f"{values['questions']} held-out questions, " + ", ".join(f"{n} {values[n]['mean']:.2f}" for n in names)
+
+
 def report(run_dir, evals, plot) -> None:
     """The table of before and after, one example, and where everything lies."""
     print(f"\n{'held-out questions: ' + str(evals['start']['questions']):30}{'start':>22}{'end':>22}")
@@ -524,7 +531,7 @@ def report(run_dir, evals, plot) -> None:
     for when in ("start", "end"):
         print(f"{when:10} {evals[when]['example']['completion']!r}")
     print(f"\nmodel {run_dir}/final, figures {run_dir}/eval.json, steps {run_dir}/metrics.jsonl, "
-          f"completions {run_dir}/samples.jsonl" + (f", plot {plot}" if plot else ""))
+          f"completions {run_dir}/samples.jsonl, " + (f"plot {plot}" if plot else "no plot: pip install matplotlib"))
 
 
 def parse(argv=None) -> Config:
@@ -540,7 +547,7 @@ def parse(argv=None) -> Config:
 
 
 def main(argv=None) -> int:
-    """0; or 2 after one line on stderr that says what is wrong and what is accepted."""
+    """0; after one line on stderr, 2 for input that cannot be used and 1 for a training that broke down."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -548,6 +555,9 @@ def main(argv=None) -> int:
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: training has broken down: {error}; a lower --learning-rate may help", file=sys.stderr)
+        return 1
     return 0
 
 
