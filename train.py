@@ -70,18 +70,18 @@ class Config:
     max_completion_length: int = option(64, "tokens; longer completions are cut and earn nothing")
     temperature: float = option(1.0, "of sampling, and of every log-probability")
 
-    max_steps: int = option(80, "batches sampled")
+    max_steps: int = option(70, "batches sampled")
     num_iterations: int = option(1, "optimiser steps on each batch; above 1 the ratio leaves 1 and clipping is real")
-    learning_rate: float = option(2e-4, "of AdamW, after the warm-up (a 1B model: about 1e-6, with LoRA 1e-5)")
-    lr_scheduler_type: str = option("constant_with_warmup", "a name of transformers.SchedulerType")
+    learning_rate: float = option(7e-4, "of AdamW, after the warm-up; suits the embedded model (1B: about 1e-6)")
+    lr_scheduler_type: str = option("linear", "a name of transformers.SchedulerType")
     warmup_steps: int = option(5, "steps of linear warm-up")
     weight_decay: float = option(0.0, "of AdamW")
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
     micro_batch: int = option(4, "questions in one forward and backward pass: memory against speed, same result")
 
-    lambda_mi: float = option(0.03, "weight of the InfoNCE term")
+    lambda_mi: float = option(0.012, "weight of the InfoNCE term")
     mi_temperature: float = option(1.0, "divides the scores in the InfoNCE term (not in the metrics)")
-    lambda_ot: float = option(0.01, "weight of the Sinkhorn term")
+    lambda_ot: float = option(0.002, "weight of the Sinkhorn term")
     ot_eps: float = option(0.1, "eps of the Sinkhorn term, relative to the mean squared distance")
     ot_tokens: int = option(128, "completion tokens of a question that its Sinkhorn term compares")
 
@@ -92,7 +92,7 @@ class Config:
     scale_rewards: Literal["none", "group"] = option("none", "group: divide advantages by the group's std")
     beta: float = option(0.0, "weight of the KL to the frozen start, inside the GRPO term")
 
-    eval_steps: int = option(40, "evaluate every so many steps; 0: only before and after")
+    eval_steps: int = option(35, "evaluate every so many steps; 0: only before and after")
     eval_questions: int = option(128, "held-out questions in an evaluation")
 
     def check(self) -> None:
@@ -177,6 +177,7 @@ def roll_out(model, tokenizer, questions, principles, num_generations, config, g
     flat = [ids[m].tolist() for ids, m in zip(tokens.flatten(0, 2), mask.flatten(0, 2))]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in flat]
     rewards = torch.tensor([format_reward(text) for text in texts], device=model.device).reshape(shape)  # [Q, K, G]
+    scale = SCALE[config.scale_rewards] if num_generations > 1 else "none"  # an evaluation samples one
     valid = mask.flatten(1)  # [Q, K·G·T]
     size = min(config.ot_tokens, valid.shape[1])
     keys = torch.rand(valid.shape, generator=generator, device=model.device).masked_fill(~valid, -1)  # [Q, K·G·T]
@@ -189,7 +190,7 @@ def roll_out(model, tokenizer, questions, principles, num_generations, config, g
     return Batch(
         nest(prompts, shape[1]), questions, principles, nest(nest(texts, shape[2]), shape[1]), tokens, mask,
         cot_mask(tokenizer, tokens, mask), out.truncated.reshape(shape), out.entropy.reshape(shape), rewards,
-        group_advantages(rewards, SCALE[config.scale_rewards]), cloud, weights / weights.sum(1, keepdim=True),
+        group_advantages(rewards, scale), cloud, weights / weights.sum(1, keepdim=True),
     )
 
 

@@ -316,6 +316,22 @@ def test_a_broken_line_of_questions_is_named(tmp_path, capsys):
     assert "q.jsonl:2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--scale-rewards", "group", "--loss-type", "grpo"],
+        "--importance-sampling-level token --num-iterations 2 --epsilon-high 0.2 --loss-type bnpo".split(),
+        ["--beta", "0.1", "--lambda-mi", "0", "--lambda-ot", "0"],
+        ["--lr-scheduler-type", "cosine", "--temperature", "0.7", "--mi-temperature", "2", "--micro-batch", "1"],
+        ["--num-generations", "1", "--eval-steps", "0"],
+    ],
+)
+def test_every_option_trains(flags, tmp_path):
+    flags = [*SMALL, "--max-steps", "1", "--eval-questions", "2", *flags, "--output-dir", str(tmp_path / "run")]
+    assert train.main(["--principles", PRINCIPLES, *flags]) == 0
+    assert math.isfinite(lines(tmp_path / "run" / "metrics.jsonl")[0]["loss"])
+
+
 def test_own_questions_without_answers_train_too(tmp_path):
     rows = [json.dumps({"question": q.text}) for q in tiny.make_questions(12, False)]
     path = write(tmp_path / "q.jsonl", "\n".join(rows).encode())
