@@ -6,6 +6,7 @@ Files are UTF-8 (a byte-order mark and CRLF are accepted), one item a line of up
     principles.jsonl    {"principle": "Show every step.", "id": "steps", "negative": "Skip the steps."}
                         `id` and `negative` are optional, other keys refused
     questions.jsonl     {"question": "2 + 3?", "answer": 5}      `answer` is optional, other keys ignored
+    preferences.jsonl   {"prompt": "2 + 3?", "chosen": "5", "rejected": "6"}       TRL's formats, see load_preferences
 
 The prompt is a single user message, because some chat templates refuse a system role:
 
@@ -47,6 +48,20 @@ class Principle:
 class Question:
     text: str
     answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Preference:
+    prompt: str | list  # text as it stands, or chat messages
+    chosen: str  # what the model should write after it
+    rejected: str  # what it should not
+    answer: str | None = None
+    where: str = "a pair"  # file and line, for errors
+
+    @property
+    def text(self):
+        """The prompt as one text: what `split_questions` splits by."""
+        return self.prompt if isinstance(self.prompt, str) else "\n".join(m["content"] for m in self.prompt)
 
 
 def load_principles(path):
@@ -103,8 +118,26 @@ def load_questions(path):
     return list(questions.values())
 
 
+def load_preferences(source):
+    """`Preference`s from a .jsonl file, or through `datasets` from a .parquet or .csv file or a hub id's train split.
+
+    TRL's preference formats: `prompt`, `chosen`, `rejected`, each a string, or each a list of {"role", "content"}
+    messages with one assistant message as the response. Without `prompt` the common beginning of chosen and rejected
+    is the prompt. Strings are used as they stand; messages go through the chat template. `answer` is optional, as for
+    questions; other keys are ignored.
+    Raises InputError for a row it cannot take, or a source it cannot read.
+    """
+    pairs = [_preference(where, row) for where, row in _rows(source)]
+    if not pairs:
+        raise InputError(f"{_name(source)}: has no pair; rows with prompt, chosen and rejected are accepted")
+    return pairs
+
+
 def split_questions(questions, num_eval, seed):
     """Split into (train, held_out), exactly `num_eval` of them held out, each in an order drawn from `seed`.
+
+    Takes `Question`s, or `Preference`s, which it splits by their prompts (of several with one prompt in held_out the
+    first by its text is kept).
 
     Decided by a hash of every text: the order of the file does not matter, and adding questions never moves
     one from train to held_out. Texts equal but for case and spacing fall on one side; held_out keeps one.
@@ -166,6 +199,93 @@ def encode_prompts(tokenizer, conversations, max_length=None):
             raise InputError(f"{where}: the prompt has {len(ids)} tokens; at most {max_length} are accepted")
         prompts.append(ids)
     return prompts
+
+
+def encode_preferences(tokenizer, pairs, end, max_length=None):
+    """(prompt, chosen, rejected) token ids of each pair; both responses end with the token `end`.
+
+    Messages become a prompt as in `encode_prompts`. Strings are tokenised as they stand, after one BOS if the tokenizer
+    writes one. Raises InputError, naming the pair's file and line, for what `encode_prompts` refuses and for a pair of
+    more than `max_length` tokens.
+    """
+    encoded = []
+    for pair in pairs:
+        try:
+            if isinstance(pair.prompt, str):
+                prompt = tokenizer(pair.prompt)["input_ids"]
+                while tokenizer.bos_token_id is not None and prompt[:2] == [tokenizer.bos_token_id] * 2:
+                    prompt = prompt[1:]
+            else:
+                prompt = encode_prompts(tokenizer, [pair.prompt])[0]
+        except InputError as error:
+            raise InputError(f"{pair.where}: {error}") from None
+        texts = [pair.chosen, pair.rejected]
+        responses = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in texts]
+        length = len(prompt) + max(map(len, responses))
+        if len(prompt) < 2 or (max_length is not None and length > max_length):
+            raise InputError(f"{pair.where}: {_short(pair.text)} and its longer response have {length} tokens, the "
+                             f"prompt {len(prompt)}; a prompt of 2 or more and {max_length} in all are accepted")
+        encoded.append((prompt, *responses))
+    return encoded
+
+
+def _preference(where, row):
+    chosen, rejected, prompt = row.get("chosen"), row.get("rejected"), row.get("prompt")
+    for field in ("chosen", "rejected", *(["prompt"] if prompt is not None else [])):
+        _check_conversation(where, row, field)
+    if len({type(value) for value in (chosen, rejected, prompt) if value is not None}) > 1:
+        raise InputError(f"{where}: prompt, chosen and rejected mix text and messages; one kind is accepted")
+    if chosen == rejected:
+        raise InputError(f"{where}: chosen and rejected are the same, {_short(chosen)}; different ones are accepted")
+    if prompt is None:  # implicit, as TRL reads it: the common beginning, a space before the responses left to them
+        same = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+        same -= isinstance(chosen, str) and chosen[:same].endswith(" ")
+        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+    if isinstance(chosen, list):
+        for field, value in ("chosen", chosen), ("rejected", rejected):
+            if len(value) != 1 or value[0]["role"] != "assistant":
+                raise InputError(f"{where}: {field} is {_short(value)} after the prompt; one assistant message is "
+                                 "accepted")
+        chosen, rejected = chosen[0]["content"], rejected[0]["content"]
+    for field, value in ("prompt", prompt), ("chosen", chosen), ("rejected", rejected):
+        if not value or (isinstance(value, str) and not value.strip()):
+            raise InputError(f"{where}: {field} is empty; text or messages are accepted (without the key prompt, "
+                             "chosen and rejected must begin alike and then differ)")
+    answer = row.get("answer")
+    return Preference(prompt, chosen, rejected, None if answer is None else str(answer), where)
+
+
+def _check_conversation(where, row, field):
+    """Raises InputError unless row[field] is text or a list of messages."""
+    accepted = 'text or a list of {"role", "content"} messages'
+    if not isinstance(row.get(field), list):
+        _text(where, row, field, accepted)
+        return
+    for message in row[field]:
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise InputError(f"{where}: {field} holds {_short(message)}; {accepted} is accepted")
+        for key in ("role", "content"):
+            _text(where, message, key)
+
+
+def _rows(source):
+    """(where, dict) of each row of a .jsonl file, or of a data set that the library `datasets` reads."""
+    if str(source).lower().endswith(".jsonl"):
+        for where, line in _lines(source, ".jsonl"):
+            yield where, _json_object(where, line)
+        return
+    import datasets  # only here: a heavy import, and not everywhere installed
+
+    kind = {".parquet": "parquet", ".csv": "csv"}.get(Path(source).suffix.lower())
+    try:
+        rows = datasets.load_dataset(kind, data_files=str(source), split="train") if kind else \
+            datasets.load_dataset(str(source), split="train")
+    except Exception as error:  # the library raises its own, pyarrow's, the hub's and the network's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{_name(source)}: {reason}; a .jsonl, .parquet or .csv file or a data set of the hub "
+                         "is accepted") from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{_name(source)}:{number}", row
 
 
 def _check_principles(path, rows):

@@ -30,7 +30,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import Principle, Question, build_messages, encode_prompts
+from data import Preference, Principle, Question, build_messages, encode_prompts
 from grpo import format_reward
 from metrics import answer_is_right, sufficiency_index
 from policy import cot_mask, eos_ids, hidden_states, log_probs, sample
@@ -192,6 +192,7 @@ def follows(text: str, style_id: str) -> bool:
 # The pretraining text
 
 GUESSES = ("I guess.", "Just a guess.", "No working, a guess.", "It looks like that.")
+WELL_FORMED = "<reasoning>{cot}</reasoning><answer>{answer}</answer>"
 BROKEN = (  # four ways of missing the required format; the answer stays readable in each
     "{cot} Answer: {answer}",
     "<reasoning>{cot} <answer>{answer}</answer>",
@@ -208,7 +209,7 @@ def write_completion(rng: random.Random, problem: Problem, rate: float, style: S
     else:
         cot = style.write(problem) if style and rng.random() < rate else _plain(problem)
     good = rng.random() < FORMAT[kind]
-    shape = "<reasoning>{cot}</reasoning><answer>{answer}</answer>" if good else rng.choice(BROKEN)
+    shape = WELL_FORMED if good else rng.choice(BROKEN)
     return shape.format(cot=cot, answer=answer)
 
 
@@ -221,6 +222,44 @@ def write_example(rng: random.Random, held_out: bool = False) -> tuple[list[dict
         letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=rng.randint(8, 24))).strip() or "x"
         text, rate = rng.choice((style.negative, letters)), 0.0
     return build_messages(problem.text, text), write_completion(rng, problem, rate, style)
+
+
+def make_pairs(num: int, held_out: bool, seed: int = 0) -> list[Preference]:
+    """`num` preference pairs of different questions: the chosen response reasons rightly, the rejected one does not.
+
+    One half of the rejected guess, the other half make a slip in one of the two steps and go on from there. Both
+    responses of a pair have the same shape, well-formed or not, so that a pair says nothing about the format.
+    """
+    rng, pairs = random.Random(f"{seed} pairs {held_out}"), {}
+    while len(pairs) < num:
+        problem, style = make_problem(rng, held_out), rng.choice(list(STYLES.values()))
+        write = style.write if rng.random() < style.rate else _plain
+        wrong = make_slip(rng, problem)
+        cot, bad, bad_answer = write(problem), write(wrong), wrong.answer
+        if rng.random() < 0.5:
+            bad, bad_answer = rng.choice(GUESSES), rng.choice([n for n in range(2, 61) if n != problem.answer])
+        shape = WELL_FORMED if rng.random() < 0.5 else rng.choice(BROKEN)
+        pairs[problem.text] = Preference(
+            build_messages(problem.text, style.texts[0]),
+            shape.format(cot=cot, answer=problem.answer),
+            shape.format(cot=bad, answer=bad_answer),
+            str(problem.answer),
+        )
+    return list(pairs.values())
+
+
+def make_slip(rng: random.Random, problem: Problem) -> Problem:
+    """The same problem with one result wrong by 1 to 9, and what follows from it."""
+    (a, sign, b, first), (_, sign2, c, second) = problem.steps
+    error = rng.choice([-1, 1]) * rng.randint(1, 9)
+    if rng.random() < 0.5:
+        first = max(1, first + error)
+        second = SIGNS[sign2](first, c)
+    else:
+        second += error
+    if second == problem.answer or second < 0:
+        return make_slip(rng, problem)
+    return Problem(problem.text, ((a, sign, b, first), (first, sign2, c, second)), problem.unit)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from data import (
     InputError,
     build_messages,
     encode_prompts,
+    load_preferences,
     load_principles,
     load_questions,
     save_principles,
@@ -47,6 +48,7 @@ from grpo import format_reward, group_advantages, grpo_loss
 from infonce import column_info_nce, row_info_nce, symmetric_info_nce
 from metrics import answer_is_right, bootstrap_interval, plot_run
 from policy import cot_mask, eos_ids, hidden_states, load_model, log_probs, sample
+from preferences import Pairs, encode_pairs, evaluate_pairs, preference_loss, with_reference
 from sinkhorn import relative_eps, sinkhorn_divergence
 
 
@@ -58,7 +60,8 @@ def option(default, help, **kwargs):
 class Config:
     """Every setting of a run, in the order of `--help`. Names that TRL has mean what they mean there."""
 
-    principles: str = field(metadata={"help": "file of principles: .txt (one a line) or .jsonl"})
+    principles: str | None = option(None, "file of principles: .txt (one a line) or .jsonl")
+    preferences: str | None = option(None, "pairs: .jsonl, .parquet, .csv, a hub id, or tiny (the embedded task's)")
     model: str = option("tiny", "the embedded model, a folder, or a Hugging Face hub id")
     questions: str | None = option(None, ".jsonl with question and, optionally, answer; default: the embedded task's")
     output_dir: str | None = option(None, "default: runs/<time>")
@@ -90,16 +93,24 @@ class Config:
     importance_sampling_level: Literal["sequence", "token"] = option("sequence", "what one ratio covers")
     loss_type: Literal["grpo", "bnpo", "dr_grpo"] = option("dr_grpo", "how the policy loss is averaged over tokens")
     scale_rewards: Literal["none", "group"] = option("none", "group: divide advantages by the group's std")
-    beta: float = option(0.0, "weight of the KL to the frozen start, inside the GRPO term")
+    beta: float | None = option(
+        None, "with --preferences: reward per nat of log-ratio (default: infopo 1, dpo 0.1); without: weight of the KL "
+        "to the frozen start inside the GRPO term (default: 0)")
+
+    preference_loss: Literal["infopo", "dpo"] = option("infopo", "what --preferences trains with")
+    lambda_pref: float = option(0.03, "weight of the preference loss beside the three terms; alone it is 1")
+    num_pairs: int = option(16, "preference pairs in a step")
 
     eval_steps: int = option(35, "evaluate every so many steps; 0: only before and after")
     eval_questions: int = option(128, "held-out questions in an evaluation")
 
     def check(self) -> None:
         """Raises InputError for the first value that cannot be."""
+        if not (self.principles or self.preferences):
+            raise InputError("--principles: missing; a file of principles, or --preferences with pairs, is accepted")
         at_least = dict.fromkeys(
             "num_questions num_generations max_completion_length max_steps num_iterations micro_batch eval_questions "
-            "ot_tokens".split(), 1,
+            "ot_tokens num_pairs".split(), 1,
         ) | {"num_principles": 2, "warmup_steps": 0, "eval_steps": 0, "seed": 0}
         for name, low in at_least.items():
             if getattr(self, name) < low:
@@ -107,16 +118,24 @@ class Config:
         for name in "learning_rate temperature max_grad_norm mi_temperature ot_eps".split():
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; a number above 0 is accepted")
-        for name in "weight_decay lambda_mi lambda_ot epsilon epsilon_high beta".split():
+        for name in "weight_decay lambda_mi lambda_ot lambda_pref epsilon epsilon_high beta".split():
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; 0 or more is accepted")
         if self.epsilon > 1:
             raise InputError(f"--epsilon: got {self.epsilon}; 0 to 1 is accepted")
         if self.scale_rewards == "group" and self.num_generations == 1:
             raise InputError("--num-generations: got 1; 2 or more is accepted with --scale-rewards group")
+        if self.preferences and self.beta == 0:
+            raise InputError("--beta: got 0.0; a number above 0 is accepted with --preferences")
         names = [t.value for t in transformers.SchedulerType]
         if self.lr_scheduler_type not in names:
             raise InputError(f"--lr-scheduler-type: got {self.lr_scheduler_type!r}; {', '.join(names)} are accepted")
+
+
+    @property
+    def kl_weight(self) -> float:
+        """beta of the GRPO term: with --preferences, `--beta` is that of the pairs."""
+        return 0.0 if self.preferences else self.beta or 0.0
 
 
 NORMALIZER = {"grpo": "sequence", "bnpo": "token", "dr_grpo": "constant"}  # TRL's name -> grpo.py's
@@ -228,7 +247,7 @@ def all_completions(model, batch: Batch, temperature):
 
 def refer(reference, batch: Batch, config) -> None:
     """What the losses need of the frozen start, on the same tokens."""
-    if not (config.lambda_ot or config.beta):
+    if not (config.lambda_ot or config.kl_weight):
         return
     with torch.no_grad():
         hidden = own_completions(reference, batch)  # [Q, K, G, T, d]
@@ -283,7 +302,7 @@ def policy_loss(one: Batch, logp, config):
         logp.flatten(0, 1), one.old_logp.flatten(0, 2), one.advantages.flatten(), one.mask.flatten(0, 2),
         level=config.importance_sampling_level, normalizer=NORMALIZER[config.loss_type], clip_low=config.epsilon,
         clip_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
-        max_tokens=config.max_completion_length, beta=config.beta,
+        max_tokens=config.max_completion_length, beta=config.kl_weight,
         ref_logp=None if one.ref_logp is None else one.ref_logp.flatten(0, 2),
     )
 
@@ -294,11 +313,30 @@ def policy_loss(one: Batch, logp, config):
 EVAL_ROWS = 256  # completions sampled together in an evaluation
 
 
-def evaluate(model, reference, tokenizer, questions, principles, config) -> dict:
-    """Held-out questions, K principles each, one completion under each, at the training temperature.
+def evaluate(model, reference, tokenizer, data: "Data", config) -> dict:
+    """Every figure on held-out questions and pairs, a mean over them with its 95% bootstrap interval."""
+    values, example = {}, None
+    if data.principles:
+        values, example = evaluate_principles(model, reference, tokenizer, data.held_out, data.principles, config)
+    if data.held_out_pairs:
+        generator = torch.Generator(model.device).manual_seed(config.seed)
+        more, sampled = evaluate_pairs(model, tokenizer, data.held_out_pairs, config, generator, not data.principles)
+        values, example = values | more, example or {"question": sampled[0], "completion": sampled[1]}
+    result = {"questions": len(data.held_out or data.held_out_pairs)}
+    for name, column in values.items():
+        if len(column):
+            low, high = bootstrap_interval(column)
+            result[name] = {"mean": column.mean().item(), "low": low.item(), "high": high.item()}
+    if "si" in result:
+        result["si"] = {key: max(0.0, value) for key, value in result["si"].items()}
+    return {**result, "example": example}
 
-    Every figure is a mean over questions with its 95% bootstrap interval. Principles and random numbers are the same in
-    each evaluation of a run.
+
+def evaluate_principles(model, reference, tokenizer, questions, principles, config):
+    """K principles for each question, one completion under each, at the training temperature: (values, example).
+
+    values: tensors [N] by name, a value for each question. Principles and random numbers are the same in each
+    evaluation of a run.
     """
     rng = random.Random(f"{config.seed} evaluation")
     drawn = [rng.sample(principles, config.num_principles) for _ in questions]
@@ -326,15 +364,8 @@ def evaluate(model, reference, tokenizer, questions, principles, config) -> dict
                  if q.answer is not None]
         values["accuracy"].append(torch.tensor(right).float().reshape(len(right), config.num_principles).mean(1))
         sample_text = sample_text or (batch.questions[0].text, batch.principles[0][0].text, batch.texts[0][0][0])
-    result = {"questions": len(questions)}
-    for name, parts in values.items():
-        column = torch.cat(parts).cpu()  # [N]
-        if len(column):
-            low, high = bootstrap_interval(column)
-            result[name] = {"mean": column.mean().item(), "low": low.item(), "high": high.item()}
-    result["si"] = {key: max(0.0, value) for key, value in result["si"].items()}
-    result["example"] = dict(zip(("question", "principle", "completion"), sample_text))
-    return result
+    values = {name: torch.cat(parts) for name, parts in values.items()}  # [N] each
+    return values, dict(zip(("question", "principle", "completion"), sample_text))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -346,17 +377,16 @@ def train(config: Config) -> Path:
     run_dir = choose_run_dir(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(str(tiny.MODEL_DIR) if config.model == "tiny" else config.model, device)
-    principles, train_questions, held_out = load_data(config)
-    check_prompts(model, tokenizer, principles, train_questions + held_out, config)
-    start_run(run_dir, config, principles, device)
+    data = load_data(model, tokenizer, config)
+    start_run(run_dir, config, data, device)
 
-    reference = copy.deepcopy(model).requires_grad_(False)  # the policy at the start
+    reference = copy.deepcopy(model).requires_grad_(False) if data.principles else None  # the policy at the start
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = transformers.get_scheduler(
         config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
     )
     generator = torch.Generator(device)
-    evals = {"start": evaluate(model, reference, tokenizer, held_out, principles, config), "steps": {}}
+    evals = {"start": evaluate(model, reference, tokenizer, data, config), "steps": {}}
     write_json(run_dir / "eval.json", evals)
     print(f"start: {summary(evals['start'])}", flush=True)
 
@@ -364,21 +394,26 @@ def train(config: Config) -> Path:
     for step in bar:
         generator.manual_seed(config.seed * 1_000_003 + step)
         clock = time.perf_counter()
-        drawn = draw(train_questions, principles, config, step)
-        batch = roll_out(model, tokenizer, *drawn, config.num_generations, config, generator)
+        batch = None
+        if data.principles:
+            drawn = draw(data.questions, data.principles, config, step)
+            batch = roll_out(model, tokenizer, *drawn, config.num_generations, config, generator)
         sampled = time.perf_counter()
-        refer(reference, batch, config)
-        stats, scores = update(model, optimizer, batch, config)
+        if batch:
+            refer(reference, batch, config)
+        pairs = data.pairs and data.pairs.part(step * config.num_pairs % len(data.pairs), config.num_pairs)
+        stats, scores = update(model, optimizer, config, batch, pairs)
         stats["learning_rate"] = schedule.get_last_lr()[0]
         schedule.step()
         record(run_dir, step, batch, stats, scores, sampled - clock, time.perf_counter() - sampled)
-        bar.set_postfix({k: f"{stats[k]:.2f}" for k in ("reward", "si", "loss_ot") if k in stats})
+        shown = ("reward", "si", "loss_ot", "pair_margin", "pair_accuracy")
+        bar.set_postfix({name: f"{stats[name]:.2f}" for name in shown if name in stats})
         if config.eval_steps and (step + 1) % config.eval_steps == 0 and step + 1 < config.max_steps:
-            evals["steps"][step + 1] = evaluate(model, reference, tokenizer, held_out, principles, config)
+            evals["steps"][step + 1] = evaluate(model, reference, tokenizer, data, config)
             write_json(run_dir / "eval.json", evals)
             bar.write(f"step {step + 1}: {summary(evals['steps'][step + 1])}")
 
-    evals["end"] = evaluate(model, reference, tokenizer, held_out, principles, config)
+    evals["end"] = evaluate(model, reference, tokenizer, data, config)
     write_json(run_dir / "eval.json", evals)
     model.save_pretrained(run_dir / "final")
     tokenizer.save_pretrained(run_dir / "final")
@@ -386,21 +421,24 @@ def train(config: Config) -> Path:
     return run_dir
 
 
-def update(model, optimizer, batch: Batch, config):
-    """num_iterations optimiser steps on a batch: (means of the statistics, scores [Q, G, K, K] of the first pass)."""
-    total = len(batch.questions)
-    parts = [batch.part(q, config.micro_batch) for q in range(0, total, config.micro_batch)]
+def update(model, optimizer, config, batch: Batch | None = None, pairs: Pairs | None = None):
+    """num_iterations optimiser steps on a batch, or one on pairs alone.
+
+    Returns the means of the statistics, and the scores [Q, G, K, K] of the first pass (None without an InfoNCE term).
+    """
+    parts = split(batch, len(batch.questions), config.micro_batch) if batch else []
+    pair_parts = split(pairs, len(pairs), 4 * config.micro_batch) if pairs else []
     passes, scores = [], []
-    for iteration in range(config.num_iterations):
+    for iteration in range(config.num_iterations if batch else 1):
         sums = {}
-        for part in parts:
+        for share, part in parts:
             loss, stats, part_scores = losses(model, part, config)
-            share = len(part.questions) / total
-            (share * loss).backward()
+            backward(share, loss, stats, sums)
             if iteration == 0 and part_scores is not None:
                 scores.append(part_scores.detach())
-            for name, value in {"loss": loss, **stats}.items():
-                sums[name] = sums.get(name, 0.0) + share * float(torch.as_tensor(value).detach())
+        for share, part in pair_parts:
+            loss, stats = preference_loss(model, part, config)
+            backward(share, config.lambda_pref * loss if batch else loss, stats, sums)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm.item()}; terms: {sums}")
@@ -411,26 +449,39 @@ def update(model, optimizer, batch: Batch, config):
     return stats, torch.cat(scores) if scores else None
 
 
-def record(run_dir, step, batch: Batch, stats, scores, seconds_sampling, seconds_training) -> None:
+def split(batch, total: int, size: int) -> list:
+    """(share of the whole, part) of each micro-batch."""
+    return [(min(size, total - start) / total, batch.part(start, size)) for start in range(0, total, size)]
+
+
+def backward(share: float, loss, stats, sums) -> None:
+    """Add a micro-batch's share to the gradient and to the statistics."""
+    (share * loss).backward()
+    for name, value in {"loss": loss, **stats}.items():
+        sums[name] = sums.get(name, 0.0) + share * float(torch.as_tensor(value).detach())
+
+
+def record(run_dir, step, batch: Batch | None, stats, scores, seconds_sampling, seconds_training) -> None:
     """Complete `stats`, and append a line to metrics.jsonl and some completions to samples.jsonl."""
-    tokens = batch.mask.sum().item()
-    spread = batch.rewards.amax(-1) - batch.rewards.amin(-1)  # [Q, K]
-    stats |= {
-        "reward": batch.rewards.mean().item(),
-        "zero_variance_groups": (spread == 0).float().mean().item(),
-        "completion_length": batch.mask.sum(-1).float().mean().item(),
-        "truncated": batch.truncated.float().mean().item(),
-        "entropy": batch.entropy.mean().item(),
-        "seconds_sampling": seconds_sampling,
-        "seconds_training": seconds_training,
-        "tokens_per_second_sampling": tokens / seconds_sampling,
-        "tokens_per_second_training": tokens / seconds_training,
-    }
+    stats["seconds_training"] = seconds_training
+    if batch:
+        tokens = batch.mask.sum().item()
+        spread = batch.rewards.amax(-1) - batch.rewards.amin(-1)  # [Q, K]
+        stats |= {
+            "reward": batch.rewards.mean().item(),
+            "zero_variance_groups": (spread == 0).float().mean().item(),
+            "completion_length": batch.mask.sum(-1).float().mean().item(),
+            "truncated": batch.truncated.float().mean().item(),
+            "entropy": batch.entropy.mean().item(),
+            "seconds_sampling": seconds_sampling,
+            "tokens_per_second_sampling": tokens / seconds_sampling,
+            "tokens_per_second_training": tokens / seconds_training,
+        }
     if scores is not None:
         stats["mi_ceiling"] = math.log(scores.shape[-1])
         stats["si"] = max(0.0, stats["mi_row"]) / stats["mi_ceiling"]
     append_json(run_dir / "metrics.jsonl", {"step": step + 1, **stats})
-    for i, principle in enumerate(batch.principles[0]):
+    for i, principle in enumerate(batch.principles[0] if batch else []):
         append_json(run_dir / "samples.jsonl", {
             "step": step + 1,
             "question": batch.questions[0].text,
@@ -454,17 +505,46 @@ def choose_run_dir(config) -> Path:
     return run_dir
 
 
-def load_data(config):
-    """(principles, training questions, held-out questions) of a run."""
-    principles = load_principles(config.principles)
-    if config.num_principles > len(principles):
-        raise InputError(
-            f"--num-principles: got {config.num_principles}, and {config.principles} has {len(principles)} principles; "
-            f"2 to {len(principles)} are accepted"
+@dataclass
+class Data:
+    """What a run trains and evaluates on; the parts of a kind it does not use are empty or None."""
+
+    principles: list
+    questions: list
+    held_out: list
+    pairs: Pairs | None  # in the order they are taken, with the reference's log-probabilities
+    held_out_pairs: Pairs | None
+
+
+def load_data(model, tokenizer, config) -> Data:
+    """Read, split and check everything before anything is written."""
+    data = Data([], [], [], None, None)
+    if config.principles:
+        data.principles = load_principles(config.principles)
+        if config.num_principles > len(data.principles):
+            raise InputError(
+                f"--num-principles: got {config.num_principles}, and {config.principles} has {len(data.principles)} "
+                f"principles; 2 to {len(data.principles)} are accepted"
+            )
+        if config.questions:
+            questions = load_questions(config.questions)
+            data.questions, data.held_out = split_questions(questions, config.eval_questions, config.seed)
+        else:
+            data.questions = tiny.make_questions(4096, False, config.seed)
+            data.held_out = tiny.make_questions(config.eval_questions, True)
+        check_prompts(model, tokenizer, data.principles, data.questions + data.held_out, config)
+    if config.preferences:
+        needed = config.max_steps * config.num_pairs
+        if config.preferences == "tiny":
+            train = tiny.make_pairs(min(needed, 8192), False, config.seed)
+            held_out = tiny.make_pairs(config.eval_questions, True)
+        else:
+            train, held_out = split_questions(load_preferences(config.preferences), config.eval_questions, config.seed)
+        data.pairs, data.held_out_pairs = (
+            with_reference(model, encode_pairs(model, tokenizer, pairs), config.temperature)
+            for pairs in (train[:needed], held_out)
         )
-    if config.questions:
-        return principles, *split_questions(load_questions(config.questions), config.eval_questions, config.seed)
-    return principles, tiny.make_questions(4096, False, config.seed), tiny.make_questions(config.eval_questions, True)
+    return data
 
 
 def prompt_limit(model, config) -> int:
@@ -485,7 +565,7 @@ def check_prompts(model, tokenizer, principles, questions, config) -> None:
     encode_prompts(tokenizer, [build_messages(*pair) for pair in pairs], prompt_limit(model, config))
 
 
-def start_run(run_dir, config, principles, device) -> None:
+def start_run(run_dir, config, data: Data, device) -> None:
     """Make the run's directory with config.json and principles.jsonl; say what a step is."""
     run_dir.mkdir(parents=True, exist_ok=True)
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -497,10 +577,15 @@ def start_run(run_dir, config, principles, device) -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPUs",
         "started": datetime.datetime.now().isoformat(timespec="seconds"),
     })
-    save_principles(run_dir / "principles.jsonl", principles)
-    rows = config.num_questions * config.num_principles * config.num_generations
-    print(f"{run_dir}: a step is {config.num_questions} questions x {config.num_principles} of {len(principles)} "
-          f"principles x {config.num_generations} completions = {rows} completions", flush=True)
+    a_step = []
+    if data.principles:
+        save_principles(run_dir / "principles.jsonl", data.principles)
+        rows = config.num_questions * config.num_principles * config.num_generations
+        a_step.append(f"{config.num_questions} questions x {config.num_principles} of {len(data.principles)} "
+                      f"principles x {config.num_generations} completions = {rows} completions")
+    if data.pairs:
+        a_step.append(f"{config.num_pairs} preference pairs")
+    print(f"{run_dir}: a step is {', and '.join(a_step)}", flush=True)
 
 
 def write_json(path: Path, value) -> None:
@@ -516,19 +601,21 @@ def append_json(path: Path, value) -> None:
 
 
 def summary(values) -> str:
-    names = [name for name in ("format", "accuracy", "si", "sinkhorn") if name in values]
+    names = [n for n in ("format", "accuracy", "si", "sinkhorn", "pair_accuracy", "pair_margin") if n in values]
     return f"{values['questions']} held-out questions, " + ", ".join(f"{n} {values[n]['mean']:.2f}" for n in names)
 
 
 def report(run_dir, evals, plot) -> None:
     """The table of before and after, one example, and where everything lies."""
     print(f"\n{'held-out questions: ' + str(evals['start']['questions']):30}{'start':>22}{'end':>22}")
-    for name in ("format", "accuracy", "si", "mi_row", "mi_column", "sinkhorn", "completion_length"):
-        cells = [evals[when].get(name) for when in ("start", "end")]
-        if all(cells):
+    for name, start in evals["start"].items():
+        if name not in ("questions", "example"):
+            cells = (start, evals["end"][name])
             print(f"{name:30}" + "".join(f"{c['mean']:8.2f} [{c['low']:5.2f}, {c['high']:5.2f}]" for c in cells))
-    example = evals["start"]["example"]
-    print(f"\nquestion:  {example['question']}\nprinciple: {example['principle']}")
+    print()
+    for name, text in evals["start"]["example"].items():
+        if name != "completion":
+            print(f"{name + ':':10} {text}")
     for when in ("start", "end"):
         print(f"{when:10} {evals[when]['example']['completion']!r}")
     print(f"\nmodel {run_dir}/final, figures {run_dir}/eval.json, steps {run_dir}/metrics.jsonl, "

@@ -42,7 +42,7 @@ def step(model, reference, tokenizer, config, number) -> dict:
     clock.append(time.perf_counter())
     train.refer(reference, batch, config)
     clock.append(time.perf_counter())
-    train.update(model, optimizer, batch, config)
+    train.update(model, optimizer, config, batch)
     clock.append(time.perf_counter())
     seconds = {phase: b - a for phase, a, b in zip(PHASES, clock, clock[1:])}
     return {**seconds, "total": clock[-1] - clock[0], "tokens": int(batch.mask.sum())}

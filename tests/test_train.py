@@ -126,7 +126,7 @@ def gradient_of(model, config, batch, micro_batch):
     config.micro_batch, config.max_grad_norm = micro_batch, 1e9
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.zero_grad = lambda: None  # `update` clears it, and here it is the result
-    stats, _ = train.update(model, optimizer, batch, config)
+    stats, _ = train.update(model, optimizer, config, batch)
     return torch.cat([p.grad.flatten() for p in model.parameters()]), stats
 
 
@@ -175,7 +175,7 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_is_not_zero_then_it_leaves_
     config = make_config(*flags, "--num-iterations", "3")
     model = copy.deepcopy(tiny_model[0])
     parts = batch.part(0, 2)
-    stats, _ = train.update(model, torch.optim.AdamW(model.parameters(), lr=3e-3), parts, config)
+    stats, _ = train.update(model, torch.optim.AdamW(model.parameters(), lr=3e-3), config, parts)
     assert stats["ratio_mean"] != 1 and stats["clip_fraction"] > 0, "with several passes ratio and clipping are real"
 
 
@@ -187,7 +187,7 @@ def test_sinkhorn_term_is_zero_at_the_start_and_pulls_back(tiny_model):
     model = moved(tiny_model[0]).float()
     batch.advantages.zero_()  # the Sinkhorn term alone
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    drift = [train.update(model, optimizer, batch, config)[0]["loss_ot"] for _ in range(8)]
+    drift = [train.update(model, optimizer, config, batch)[0]["loss_ot"] for _ in range(8)]
     assert drift[0] > 0.1 and drift[-1] < 0.9 * drift[0], f"descent on it does not bring the states back: {drift}"
 
 

@@ -1,0 +1,123 @@
+"""Preference pairs on a language model: from text to the four log-probabilities that infopo.py takes.
+
+    logp[p]      log-probabilities of the chosen and of the rejected response of pair p, each summed over its tokens
+    loss, stats  infopo_loss(logp[:, 0], logp[:, 1], ref_logp[:, 0], ref_logp[:, 1], beta), or dpo_loss
+
+The two responses share their prompt, which goes through the model once (policy.py). The reference is the policy at the
+start; its log-probabilities are computed once and kept, so that training holds no second model.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from data import encode_preferences
+from grpo import format_reward
+from infopo import dpo_loss, infopo_loss, sequence_logp
+from metrics import answer_is_right
+from policy import eos_ids, hidden_states, log_probs, sample
+
+LOSSES = {"infopo": infopo_loss, "dpo": dpo_loss}
+DEFAULT_BETA = {"infopo": 1.0, "dpo": 0.1}
+PAIRS_PER_FORWARD = 32  # without gradient
+
+
+@dataclass
+class Pairs:
+    """P pairs as tokens; `part` cuts them."""
+
+    prompts: list  # P lists of token ids
+    tokens: torch.Tensor  # [P, 2, T] chosen, rejected; padded on the right
+    mask: torch.Tensor  # [P, 2, T] bool
+    answers: list  # P texts or None
+    ref_logp: torch.Tensor | None = None  # [P, 2]
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def part(self, start: int, size: int) -> "Pairs":
+        cut = slice(start, start + size)
+        mask = self.mask[cut]  # [p, 2, T]
+        width = int(mask.sum(-1).max())  # less padding than the longest pair of all would ask for
+        ref = None if self.ref_logp is None else self.ref_logp[cut]  # [p, 2]
+        return Pairs(self.prompts[cut], self.tokens[cut, :, :width], mask[..., :width], self.answers[cut], ref)
+
+
+def encode_pairs(model, tokenizer, preferences) -> Pairs:
+    """`data.Preference`s as tokens. Raises InputError for a pair that the model's context does not hold."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    rows = encode_preferences(tokenizer, preferences, turn_end(model, tokenizer), context)
+    width = max(max(len(chosen), len(rejected)) for _, chosen, rejected in rows)
+    tokens = torch.full((len(rows), 2, width), tokenizer.pad_token_id)  # [P, 2, T]
+    lengths = torch.zeros(len(rows), 2, dtype=torch.long)  # [P, 2]
+    for p, (_, *responses) in enumerate(rows):
+        for side, ids in enumerate(responses):
+            tokens[p, side, : len(ids)] = torch.tensor(ids)
+            lengths[p, side] = len(ids)
+    mask = torch.arange(width) < lengths[..., None]  # [P, 2, T]
+    device = model.device
+    return Pairs([row[0] for row in rows], tokens.to(device), mask.to(device), [p.answer for p in preferences])
+
+
+def turn_end(model, tokenizer) -> int:
+    """The token that ends the assistant's turn: the last end token of a rendered turn (Gemma-3: not its <eos>)."""
+    ends = set(eos_ids(model, tokenizer))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    if tokenizer.chat_template:
+        written = [t for t in tokenizer.apply_chat_template(turns, return_dict=False) if t in ends]
+        if written:
+            return written[-1]
+    return tokenizer.eos_token_id
+
+
+def pair_logp(model, pairs: Pairs, temperature):
+    """Summed log-probabilities of chosen and rejected: [P, 2], nats."""
+    hidden = hidden_states(model, pairs.prompts, pairs.tokens, pairs.mask)  # [P, 2, T, d]
+    logp = log_probs(model, hidden, pairs.tokens, pairs.mask, temperature)  # [P, 2, T]
+    return sequence_logp(logp, pairs.mask)  # [P, 2]
+
+
+@torch.no_grad()
+def with_reference(model, pairs: Pairs, temperature) -> Pairs:
+    """The pairs with the log-probabilities that `model`, the policy at the start, gives them."""
+    parts = [pairs.part(p, PAIRS_PER_FORWARD) for p in range(0, len(pairs), PAIRS_PER_FORWARD)]
+    return replace(pairs, ref_logp=torch.cat([pair_logp(model, part, temperature) for part in parts]))  # [P, 2]
+
+
+def preference_loss(model, pairs: Pairs, config):
+    """(loss, statistics), means over the pairs: see infopo.py for each statistic."""
+    logp = pair_logp(model, pairs, config.temperature)  # [P, 2]
+    beta = DEFAULT_BETA[config.preference_loss] if config.beta is None else config.beta
+    loss, stats = LOSSES[config.preference_loss](*logp.unbind(1), *pairs.ref_logp.unbind(1), beta)
+    return loss, {"loss_preference": loss, **{f"pair_{name}": value for name, value in stats.items()}}
+
+
+@torch.no_grad()
+def evaluate_pairs(model, tokenizer, pairs: Pairs, config, generator, sampled: bool) -> tuple[dict, tuple | None]:
+    """(values [P] by name, example); if `sampled`, with format and accuracy of a completion of each prompt.
+
+    pair_margin is in nats of log-ratio, whatever the loss and beta; pair_accuracy says whether it is positive;
+    pair_logratio_chosen and pair_logratio_rejected are its two parts.
+    """
+    now = with_reference(model, pairs, config.temperature).ref_logp  # [P, 2]
+    ratio = now - pairs.ref_logp  # [P, 2]
+    margin = ratio[:, 0] - ratio[:, 1]  # [P]
+    values = {
+        "pair_margin": margin,
+        "pair_accuracy": (margin > 0).float(),
+        "pair_logratio_chosen": ratio[:, 0],
+        "pair_logratio_rejected": ratio[:, 1],
+    }
+    if not sampled:
+        return values, None
+    texts, end = [], eos_ids(model, tokenizer)
+    for start in range(0, len(pairs), 8 * PAIRS_PER_FORWARD):
+        prompts = pairs.prompts[start : start + 8 * PAIRS_PER_FORWARD]
+        out = sample(
+            model, prompts, 1, config.max_completion_length, config.temperature, end, tokenizer.pad_token_id, generator
+        )
+        texts += [tokenizer.decode(t[m], skip_special_tokens=True) for t, m in zip(out.tokens[:, 0], out.mask[:, 0])]
+    values["format"] = torch.tensor([format_reward(text) for text in texts])  # [P]
+    right = [float(answer_is_right(t, a)) for t, a in zip(texts, pairs.answers) if a is not None]
+    values["accuracy"] = torch.tensor(right)  # [those with an answer]
+    return values, (tokenizer.decode(pairs.prompts[0], skip_special_tokens=True), texts[0])

@@ -1,0 +1,258 @@
+"""Preference pairs: their files, their tokens, their log-probabilities, and the training on them."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import policy
+import preferences
+import tiny
+import train
+from data import InputError, load_preferences
+from metrics import answer_is_right
+
+ROOT = Path(__file__).resolve().parent.parent
+USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "2 + 3?"), ("assistant", "5"), ("assistant", "6")))
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    return policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+
+
+def write(tmp_path, *rows):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize(
+    "row, prompt, chosen, rejected",
+    [
+        ({"prompt": "2 + 3?", "chosen": " 5", "rejected": " 6"}, "2 + 3?", " 5", " 6"),
+        ({"chosen": "2 + 3? 5", "rejected": "2 + 3? 6"}, "2 + 3?", " 5", " 6"),  # the space stays with the responses
+        ({"chosen": "a: no", "rejected": "a: not"}, None, None, None),  # nothing is left of chosen
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, [USER], "5", "6"),
+        ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER], "5", "6"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "answer": 5, "score": 1}, [USER], "5", "6"),
+    ],
+)
+def test_the_formats_of_trl_are_read(row, prompt, chosen, rejected, tmp_path):
+    if prompt is None:
+        with pytest.raises(InputError, match="pairs.jsonl:1: chosen is empty"):
+            load_preferences(write(tmp_path, row))
+        return
+    (pair,) = load_preferences(write(tmp_path, row))
+    assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, chosen, rejected)
+    assert pair.answer == ("5" if "answer" in row else None)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_other_files_come_through_datasets(ending, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"prompt": f"{n} + 3?", "chosen": f" is {n + 3}", "rejected": " is 0"} for n in (1, 2)])
+    path = str(tmp_path / f"pairs.{ending}")
+    getattr(rows, f"to_{ending}")(path)
+    assert [(p.prompt, p.chosen, p.rejected) for p in load_preferences(path)] == [("1 + 3?", " is 4", " is 0"), ("2 + 3?", " is 5", " is 0")]
+
+
+OK = {"prompt": "a?", "chosen": "b", "rejected": "c"}
+
+
+@pytest.mark.parametrize(
+    "row, told",
+    [
+        ({"prompt": "a?", "chosen": "b"}, ["rejected is missing"]),
+        ({"prompt": "a?", "rejected": "b"}, ["chosen is missing"]),
+        ({**OK, "chosen": ""}, ["chosen is ''"]),
+        ({**OK, "rejected": "  "}, ["rejected is '  '"]),
+        ({**OK, "chosen": "c"}, ["the same", "'c'"]),
+        ({**OK, "chosen": 5}, ["chosen is 5", "text or a list"]),
+        ({**OK, "chosen": [GOOD]}, ["mix"]),
+        ({**OK, "prompt": 7}, ["prompt is 7"]),
+        ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, ["chosen is", "one assistant message"]),
+        ({"prompt": [USER], "chosen": [GOOD, GOOD], "rejected": [BAD]}, ["chosen is", "one assistant message"]),
+        ({"prompt": [{"role": "user"}], "chosen": [GOOD], "rejected": [BAD]}, ["prompt holds", "content"]),
+        ({"prompt": [USER], "chosen": [{**GOOD, "content": None}], "rejected": [BAD]}, ["content is None"]),
+        ({"chosen": "b", "rejected": "c"}, ["prompt is empty", "begin alike"]),
+        ("{", ["JSON breaks"]),
+        ("[]", ["not an object"]),
+    ],
+)
+def test_a_bad_pair_is_one_line_and_status_2(row, told, tmp_path, capsys):
+    path = write(tmp_path, OK, row)
+    assert train.main(["--preferences", str(path), "--output-dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{path}:2: " in error and "accepted" in error, error
+    for part in told:
+        assert part in error, f"{part!r} is not in: {error}"
+
+
+@pytest.mark.parametrize(
+    "rows, told",
+    [
+        ([{**OK, "prompt": "word " * 600}, *[{**OK, "prompt": f"{n}?"} for n in range(5)]], ["pairs.jsonl:1", "tokens", "512"]),
+        ([{"prompt": [{**USER, "content": "<|end|>"}], "chosen": [GOOD], "rejected": [BAD]}] * 1 + [OK], ["control token"]),
+        ([OK], ["num_eval is 1"]),
+        ([], ["has no pair"]),
+    ],
+)
+def test_a_bad_file_of_pairs_is_one_line_and_status_2(rows, told, tmp_path, capsys):
+    flags = ["--preferences", str(write(tmp_path, *rows)), "--eval-questions", "1", "--output-dir", str(tmp_path / "run")]
+    assert train.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    for part in told:
+        assert part in error, f"{part!r} is not in: {error}"
+    assert not (tmp_path / "run").exists(), "a refused run leaves nothing behind"
+
+
+def test_a_source_that_is_not_there_is_one_line(tmp_path, capsys):
+    for source in ("none.jsonl", "none.parquet"):
+        assert train.main(["--preferences", str(tmp_path / source), "--output-dir", str(tmp_path / "run")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and source in error, error
+
+
+# ------------------------------------------------------------------------------------------------ the embedded pairs
+
+
+def test_chosen_reasons_rightly_and_rejected_does_not():
+    pairs = tiny.make_pairs(400, False)
+    guesses = 0
+    for pair in pairs:
+        assert answer_is_right(pair.chosen, pair.answer) and not answer_is_right(pair.rejected, pair.answer), pair
+        assert pair.chosen != pair.rejected
+        guesses += any(guess in pair.rejected for guess in tiny.GUESSES)
+        for tag in ("<reasoning>", "</reasoning>", "<answer>", "</answer>", "Answer:"):
+            assert (tag in pair.chosen) == (tag in pair.rejected), "a pair must say nothing about the format"
+    assert 0.4 < guesses / 400 < 0.6
+    held_out = tiny.make_pairs(200, True)
+    assert not {p.text for p in pairs} & {p.text for p in held_out}
+
+
+# ------------------------------------------------------------------------------------------------ tokens and log-probs
+
+
+def test_tokens_are_the_responses_and_their_end(tiny_model):
+    model, tokenizer = tiny_model
+    rows = tiny.make_pairs(5, True)
+    pairs = preferences.encode_pairs(model, tokenizer, rows)
+    for p, row in enumerate(rows):
+        for side, text in enumerate((row.chosen, row.rejected)):
+            assert tokenizer.decode(pairs.tokens[p, side][pairs.mask[p, side]]) == text + tokenizer.eos_token
+    small = pairs.part(1, 2)
+    assert small.tokens.shape[2] == small.mask.sum(-1).max() and small.answers == pairs.answers[1:3]
+
+
+def test_the_turn_ends_with_the_templates_own_token(tiny_model):
+    model, tokenizer = copy.deepcopy(tiny_model)
+    assert preferences.turn_end(model, tokenizer) == tokenizer.eos_token_id
+    user = tokenizer.convert_tokens_to_ids("<|user|>")
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, user]
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '<|user|>' }}{% endfor %}"
+    assert preferences.turn_end(model, tokenizer) == user, "Gemma-3 ends a turn with <end_of_turn>, not with its eos"
+
+
+def test_pair_logp_is_the_plain_forward_at_the_temperature(tiny_model):
+    model, tokenizer = tiny_model
+    pairs = preferences.encode_pairs(model, tokenizer, tiny.make_pairs(3, True))
+    with torch.no_grad():
+        ours = preferences.pair_logp(model, pairs, 0.7)  # [P, 2]
+        for p, prompt in enumerate(pairs.prompts):
+            for side in range(2):
+                ids = pairs.tokens[p, side][pairs.mask[p, side]]  # [T']
+                logits = model(torch.tensor([prompt + ids.tolist()])).logits[0] / 0.7
+                steps = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, ids[:, None])
+                assert math.isclose(ours[p, side], steps.sum(), rel_tol=1e-4), "chosen and rejected swapped, or shifted?"
+    kept = preferences.with_reference(model, pairs, 0.7).ref_logp
+    torch.testing.assert_close(kept, ours, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, at_start, chosen_pull", [("infopo", 0.0, 1.0), ("dpo", math.log(2), 0.05)])
+def test_the_loss_at_the_start(tiny_model, name, at_start, chosen_pull):
+    model, tokenizer = tiny_model
+    config = train.parse(["--preferences", "tiny", "--preference-loss", name])
+    pairs = preferences.encode_pairs(model, tokenizer, tiny.make_pairs(4, True))
+    pairs = preferences.with_reference(model, pairs, 1.0)
+    loss, stats = preferences.preference_loss(model, pairs, config)
+    assert math.isclose(loss.item(), at_start, abs_tol=1e-3)
+    assert math.isclose(stats["pair_weight_rejected"], chosen_pull, rel_tol=1e-3), "beta does not reach the loss"
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+FLAGS = "--num-pairs 6 --max-steps 3 --eval-questions 4 --eval-steps 1 --warmup-steps 1 --max-completion-length 16".split()
+
+
+def test_accumulation_over_pairs_changes_nothing(tiny_model):
+    model, tokenizer = copy.deepcopy(tiny_model)
+    model.double()
+    pairs = preferences.with_reference(model, preferences.encode_pairs(model, tokenizer, tiny.make_pairs(10, False)), 1.0)
+    gradients = []
+    for size in (4, 1):
+        config = train.parse(["--preferences", "tiny", "--micro-batch", str(size)])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer.zero_grad = lambda: None
+        config.max_grad_norm = 1e9
+        model.zero_grad()
+        train.update(model, optimizer, config, pairs=pairs)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert gradients[0].norm() > 0
+    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-9
+
+
+def test_a_run_on_pairs_alone(tmp_path):
+    assert train.main(["--preferences", "tiny", *FLAGS, "--output-dir", str(tmp_path / "run")]) == 0
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 3 and abs(steps[0]["loss_preference"]) < 1e-3
+    for name in ("pair_margin", "pair_accuracy", "pair_logratio_chosen", "pair_logratio_rejected", "grad_norm"):
+        assert all(math.isfinite(step[name]) for step in steps), name
+    assert steps[2]["pair_margin"] != 0, "the reference moves with the policy"
+    evals = json.loads((tmp_path / "run" / "eval.json").read_text())
+    for when in ("start", "end"):
+        for name in ("format", "accuracy", "pair_margin", "pair_accuracy", "pair_logratio_chosen"):
+            assert evals[when][name]["low"] <= evals[when][name]["high"]
+    assert abs(evals["start"]["pair_margin"]["mean"]) < 1e-3 and evals["end"]["pair_margin"]["mean"] != 0
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("loss", ["infopo", "dpo"])
+def test_a_short_training_prefers_the_chosen(tiny_model, loss):
+    model, tokenizer = copy.deepcopy(tiny_model)
+    pairs = preferences.with_reference(model, preferences.encode_pairs(model, tokenizer, tiny.make_pairs(192, False)), 1.0)
+    config = train.parse(["--preferences", "tiny", "--preference-loss", loss])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
+    margins = [train.update(model, optimizer, config, pairs=pairs.part(16 * s, 16))[0]["pair_margin"] for s in range(12)]
+    held_out = preferences.with_reference(
+        tiny_model[0], preferences.encode_pairs(model, tokenizer, tiny.make_pairs(32, True)), 1.0
+    )
+    values, _ = preferences.evaluate_pairs(model, tokenizer, held_out, config, None, sampled=False)
+    assert abs(margins[0]) < 1e-3 and values["pair_margin"].mean() > 0.5, f"chosen and rejected swapped? {margins}"
+
+
+def test_principles_and_pairs_together_add_the_fourth_term(tmp_path):
+    flags = "--num-questions 1 --num-principles 2 --num-generations 2 --lambda-pref 0.5".split()
+    principles = ["--principles", str(ROOT / "principles" / "reasoning.txt")]
+    assert train.main([*principles, "--preferences", "tiny", *FLAGS, *flags, "--output-dir", str(tmp_path / "run")]) == 0
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss_grpo", "loss_mi", "loss_ot", "loss_preference", "reward"} <= set(steps[0])
+    evals = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert {"format", "si", "sinkhorn", "pair_margin"} <= set(evals["end"])
+
+
+@pytest.mark.parametrize(
+    "flags, told", [([], "--principles: missing"), (["--preferences", "tiny", "--beta", "0"], "--beta: got 0.0"),
+                    (["--preferences", "tiny", "--num-pairs", "0"], "--num-pairs: got 0")],
+)
+def test_bad_flags(flags, told, capsys):
+    assert train.main(flags) == 2
+    assert told in capsys.readouterr().err
