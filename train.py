@@ -2,6 +2,7 @@
 
     python train.py --principles principles/reasoning.txt                 # the embedded model: two minutes, no GPU
     python train.py --principles mine.txt --model google/gemma-3-1b-it --questions mine.jsonl
+    python train.py --preferences tiny                                    # InfoPO on preference pairs; or both flags
 
 One loop, one optimiser step, three terms, each a mean over questions:
 
@@ -12,7 +13,8 @@ One loop, one optimiser step, three terms, each a mean over questions:
     S_eps    Sinkhorn divergence between hidden states of policy and frozen start, same tokens  sinkhorn.py
 
 A batch is num_questions x num_principles (K) x num_generations (G) completions. The GRPO group of a completion is the G
-completions of its question and principle. `--lambda-mi 0 --lambda-ot 0` is plain GRPO.
+completions of its question and principle. `--lambda-mi 0 --lambda-ot 0` is plain GRPO. With --preferences beside
+--principles, `lambda_pref * L_InfoPO` is a fourth term, on a mini-batch of pairs of its own (infopo.py, preferences.py).
 """
 
 import copy
@@ -75,7 +77,8 @@ class Config:
 
     max_steps: int = option(70, "batches sampled")
     num_iterations: int = option(1, "optimiser steps on each batch; above 1 the ratio leaves 1 and clipping is real")
-    learning_rate: float = option(7e-4, "of AdamW, after the warm-up; suits the embedded model (1B: about 1e-6)")
+    learning_rate: float | None = option(
+        None, "of AdamW, after the warm-up (default: 7e-4, on pairs alone 1e-4: for the embedded model; 1B: about 1e-6)")
     lr_scheduler_type: str = option("linear", "a name of transformers.SchedulerType")
     warmup_steps: int = option(5, "steps of linear warm-up")
     weight_decay: float = option(0.0, "of AdamW")
@@ -105,9 +108,11 @@ class Config:
     eval_questions: int = option(128, "held-out questions in an evaluation")
 
     def check(self) -> None:
-        """Raises InputError for the first value that cannot be."""
+        """Raises InputError for the first value that cannot be; settles defaults that depend on the kind of run."""
         if not (self.principles or self.preferences):
             raise InputError("--principles: missing; a file of principles, or --preferences with pairs, is accepted")
+        if self.learning_rate is None:
+            self.learning_rate = 7e-4 if self.principles else 1e-4
         at_least = dict.fromkeys(
             "num_questions num_generations max_completion_length max_steps num_iterations micro_batch eval_questions "
             "ot_tokens num_pairs".split(), 1,

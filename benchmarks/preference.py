@@ -1,0 +1,126 @@
+"""InfoPO against DPO on the embedded pairs: each at its best of several betas and learning rates, then five seeds.
+
+    python benchmarks/preference.py                     # the grid on seed 100, then seeds 0 to 4 at each one's best
+    python benchmarks/preference.py --seeds 3 --jobs 1
+
+Every run is `python train.py --preferences tiny`; flags not listed here go to it. The best setting of a loss is the one
+with the highest sampled accuracy on held-out questions, on a seed that the comparison does not use. A third row is DPO
+at the setting of the grid whose implicit accuracy comes nearest to InfoPO's. Finished runs are kept in --output-dir.
+Writes preference.json and preference.png there, and prints the tables.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.ablation import interval  # noqa: E402
+
+BETAS = {"infopo": ("0.1", "0.3", "1"), "dpo": ("0.1", "0.3", "1")}
+RATES = ("5e-5", "1e-4", "2e-4")
+COLUMNS = ("accuracy", "format", "pair_accuracy", "pair_margin", "pair_logratio_chosen", "pair_logratio_rejected")
+GRID_SEED = 100
+
+
+def run(loss, beta, rate, seed, args, extra) -> dict:
+    """eval.json of one training, in a process of its own. The grid is evaluated on fewer questions, at its end alone."""
+    questions, steps = ("256", "0") if seed == GRID_SEED else ("512", "20")
+    directory = args.output_dir / f"{loss}-beta{beta}-lr{rate}-seed{seed}"
+    if not (directory / "final").exists():
+        command = [
+            sys.executable, "train.py", "--preferences", "tiny", "--preference-loss", loss, "--beta", beta,
+            "--learning-rate", rate, "--seed", str(seed), "--max-steps", "100", "--eval-steps", steps,
+            "--eval-questions", questions, "--output-dir", str(directory.resolve()), *extra,
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{directory.name}: {done.stderr.strip().splitlines()[-1]}")
+    print(f"{directory.name}: done", file=sys.stderr)
+    return json.loads((directory / "eval.json").read_text())
+
+
+def course(evals, name) -> dict:
+    """Step -> mean of a figure, from the start to the end."""
+    steps = {0: evals["start"], **{int(k): v for k, v in evals["steps"].items()}}
+    steps[100] = evals["end"]
+    return {step: value[name]["mean"] for step, value in steps.items()}
+
+
+def plot(results, path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    titles = {
+        "pair_logratio_chosen": "held-out chosen: log-likelihood, change in nats",
+        "accuracy": "accuracy of sampled answers", "pair_accuracy": "accuracy of the implicit reward",
+    }
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        for color, (label, row) in enumerate(results.items()):
+            courses = [course(evals, name) for evals in row["runs"]]
+            steps = list(courses[0])
+            for one in courses:
+                axis.plot(steps, list(one.values()), color=f"C{color}", lw=0.5, alpha=0.5)
+            means = [interval([one[step] for one in courses])[0] for step in steps]
+            axis.plot(steps, means, "o-", color=f"C{color}", ms=3, label=label)
+        axis.set(title=title, xlabel="step")
+        axis.title.set_fontsize(10)
+    axes[0].axhline(0, color="0.6", lw=0.8)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "preference")
+    args, extra = parser.parse_known_args()  # what is left goes to train.py
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    def run_all(jobs):
+        with ThreadPoolExecutor(args.jobs) as pool:
+            return dict(zip(jobs, pool.map(lambda job: run(*job, args, extra), jobs), strict=True))
+
+    grid = run_all([(loss, b, r, GRID_SEED) for loss, betas in BETAS.items() for b in betas for r in RATES])
+
+    def end(job, name):
+        return grid[job]["end"][name]["mean"]
+
+    print("| loss | beta | learning rate | " + " | ".join(COLUMNS) + " |\n" + "|---" * (3 + len(COLUMNS)) + "|")
+    for job in grid:
+        print(f"| {job[0]} | {job[1]} | {job[2]} | " + " | ".join(f"{end(job, name):.2f}" for name in COLUMNS) + " |")
+    best = {loss: max((j for j in grid if j[0] == loss), key=lambda j: end(j, "accuracy")) for loss in BETAS}
+    target = end(best["infopo"], "pair_accuracy")
+    matched = min((j for j in grid if j[0] == "dpo"), key=lambda j: abs(end(j, "pair_accuracy") - target))
+    rows = {"InfoPO": best["infopo"], "DPO": best["dpo"], "DPO, matched": matched}
+    runs = run_all(list(dict.fromkeys((*job[:3], seed) for job in rows.values() for seed in range(args.seeds))))
+    results = {
+        label: {"setting": job[:3], "runs": [runs[(*job[:3], seed)] for seed in range(args.seeds)]}
+        for label, job in rows.items()
+    }
+    (args.output_dir / "preference.json").write_text(json.dumps(results, indent=1))
+    print("\n| | beta | learning rate | " + " | ".join(COLUMNS) + " |\n" + "|---" * (3 + len(COLUMNS)) + "|")
+    start = [r["start"] for r in results["InfoPO"]["runs"]]
+    cells = ["{:.2f} ± {:.2f}".format(*interval([s[c]["mean"] for s in start])) for c in COLUMNS]
+    print("| start | | | " + " | ".join(cells) + " |")
+    for label, row in results.items():
+        cells = ["{:.2f} ± {:.2f}".format(*interval([r["end"][c]["mean"] for r in row["runs"]])) for c in COLUMNS]
+        print(f"| {label} | {row['setting'][1]} | {row['setting'][2]} | " + " | ".join(cells) + " |")
+    try:
+        plot(results, args.output_dir / "preference.png")
+    except ImportError:
+        print("no plot: pip install matplotlib", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
