@@ -13,8 +13,8 @@ One loop, one optimiser step, three terms, each a mean over questions:
     S_eps    Sinkhorn divergence between hidden states of policy and frozen start, same tokens  sinkhorn.py
 
 A batch is num_questions x num_principles (K) x num_generations (G) completions. The GRPO group of a completion is the G
-completions of its question and principle. `--lambda-mi 0 --lambda-ot 0` is plain GRPO. With --preferences beside
---principles, `lambda_pref * L_InfoPO` is a fourth term, on a mini-batch of pairs of its own (infopo.py, preferences.py).
+completions of its question and principle. `--lambda-mi 0 --lambda-ot 0` is plain GRPO. With --preferences as well,
+`lambda_pref * L_InfoPO` is a fourth term, on a mini-batch of pairs of its own (infopo.py, preferences.py).
 """
 
 import copy
@@ -78,7 +78,8 @@ class Config:
     max_steps: int = option(70, "batches sampled")
     num_iterations: int = option(1, "optimiser steps on each batch; above 1 the ratio leaves 1 and clipping is real")
     learning_rate: float | None = option(
-        None, "of AdamW, after the warm-up (default: 7e-4, on pairs alone 1e-4: for the embedded model; 1B: about 1e-6)")
+        None, "of AdamW, after the warm-up (default, for the embedded model: 7e-4, on pairs alone 1e-4; 1B: about 1e-6)"
+    )
     lr_scheduler_type: str = option("linear", "a name of transformers.SchedulerType")
     warmup_steps: int = option(5, "steps of linear warm-up")
     weight_decay: float = option(0.0, "of AdamW")

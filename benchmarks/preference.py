@@ -23,13 +23,13 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.ablation import interval  # noqa: E402
 
 BETAS = {"infopo": ("0.1", "0.3", "1"), "dpo": ("0.1", "0.3", "1")}
-RATES = ("5e-5", "1e-4", "2e-4")
+RATES = ("1e-4", "2e-4")
 COLUMNS = ("accuracy", "format", "pair_accuracy", "pair_margin", "pair_logratio_chosen", "pair_logratio_rejected")
 GRID_SEED = 100
 
 
 def run(loss, beta, rate, seed, args, extra) -> dict:
-    """eval.json of one training, in a process of its own. The grid is evaluated on fewer questions, at its end alone."""
+    """eval.json of one training, in a process of its own. The grid is evaluated on fewer questions, at its end."""
     questions, steps = ("256", "0") if seed == GRID_SEED else ("512", "20")
     directory = args.output_dir / f"{loss}-beta{beta}-lr{rate}-seed{seed}"
     if not (directory / "final").exists():
