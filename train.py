@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import huggingface_hub
 import torch
 import transformers
 from tqdm import tqdm
@@ -65,8 +66,8 @@ class Config:
     principles: str | None = option(None, "file of principles: .txt (one a line) or .jsonl")
     preferences: str | None = option(None, "pairs: .jsonl, .parquet, .csv, a hub id, or tiny (the embedded task's)")
     model: str = option("tiny", "the embedded model, a folder, or a Hugging Face hub id")
-    questions: str | None = option(None, ".jsonl with question and, optionally, answer; default: the embedded task's")
-    output_dir: str | None = option(None, "default: runs/<time>")
+    questions: str | None = option(None, ".jsonl with question and, optionally, answer; else the embedded task's")
+    output_dir: str | None = option(None, "new or empty; runs/<time> if not given")
     seed: int = option(0, "of everything random")
 
     num_questions: int = option(4, "questions in a step")
@@ -78,7 +79,7 @@ class Config:
     max_steps: int = option(70, "batches sampled")
     num_iterations: int = option(1, "optimiser steps on each batch; above 1 the ratio leaves 1 and clipping is real")
     learning_rate: float | None = option(
-        None, "of AdamW, after the warm-up (default, for the embedded model: 7e-4, on pairs alone 1e-4; 1B: about 1e-6)"
+        None, "of AdamW, after the warm-up; else, for the embedded model, 7e-4, on pairs alone 1e-4 (a 1B: about 1e-6)"
     )
     lr_scheduler_type: str = option("linear", "a name of transformers.SchedulerType")
     warmup_steps: int = option(5, "steps of linear warm-up")
@@ -93,13 +94,13 @@ class Config:
     ot_tokens: int = option(128, "completion tokens of a question that its Sinkhorn term compares")
 
     epsilon: float = option(0.1, "the ratio is clipped below 1 - epsilon")
-    epsilon_high: float | None = option(None, "the ratio is clipped above 1 + epsilon_high; default: epsilon")
+    epsilon_high: float | None = option(None, "the ratio is clipped above 1 + epsilon_high; else epsilon")
     importance_sampling_level: Literal["sequence", "token"] = option("sequence", "what one ratio covers")
     loss_type: Literal["grpo", "bnpo", "dr_grpo"] = option("dr_grpo", "how the policy loss is averaged over tokens")
     scale_rewards: Literal["none", "group"] = option("none", "group: divide advantages by the group's std")
     beta: float | None = option(
-        None, "with --preferences: reward per nat of log-ratio (default: infopo 1, dpo 0.1); without: weight of the KL "
-        "to the frozen start inside the GRPO term (default: 0)")
+        None, "with --preferences: reward per nat of log-ratio, else infopo 1, dpo 0.1; without: weight of the KL to "
+        "the frozen start inside the GRPO term, else 0")
 
     preference_loss: Literal["infopo", "dpo"] = option("infopo", "what --preferences trains with")
     lambda_pref: float = option(0.03, "weight of the preference loss beside the three terms; alone it is 1")
@@ -617,7 +618,8 @@ def report(run_dir, evals, plot) -> None:
     for name, start in evals["start"].items():
         if name not in ("questions", "example"):
             cells = (start, evals["end"][name])
-            print(f"{name:30}" + "".join(f"{c['mean']:8.2f} [{c['low']:5.2f}, {c['high']:5.2f}]" for c in cells))
+            shown = [[round(c[key], 2) + 0.0 for key in ("mean", "low", "high")] for c in cells]  # + 0.0: no -0.00
+            print(f"{name:30}" + "".join("{:8.2f} [{:5.2f}, {:5.2f}]".format(*numbers) for numbers in shown))
     print()
     for name, text in evals["start"]["example"].items():
         if name != "completion":
@@ -644,6 +646,7 @@ def main(argv=None) -> int:
     """0; after one line on stderr, 2 for input that cannot be used and 1 for a training that broke down."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries, where there is no network
     try:
         train(parse(argv))
     except (InputError, OSError) as error:

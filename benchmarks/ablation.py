@@ -75,7 +75,8 @@ def table(results) -> str:
     rows |= {name: [r["end"] for r in runs] for name, runs in results.items()}
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, runs in rows.items():
-        cells = ["{:.2f} ± {:.2f}".format(*interval([r[c]["mean"] for r in runs])) for c in COLUMNS]
+        numbers = [interval([r[c]["mean"] for r in runs]) for c in COLUMNS]
+        cells = [f"{round(mean, 2) + 0.0:.2f} ± {half:.2f}" for mean, half in numbers]  # + 0.0: no -0.00
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
