@@ -147,7 +147,7 @@ def split_questions(questions, num_eval, seed):
     for question in sorted(questions, key=lambda question: question.text):
         same.setdefault(_normalised(question.text), []).append(question)
     if not 0 <= num_eval < len(same):
-        raise InputError(f"num_eval is {num_eval}, of {len(same)} distinct questions; "
+        raise InputError(f"--eval-questions (num_eval) is {num_eval}, of {len(same)} distinct questions; "
                          "0 up to one less than the number of questions is accepted")
     keys = sorted(same, key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest())
     train = [question for key in keys[num_eval:] for question in same[key]]

@@ -100,7 +100,7 @@ def test_a_bad_pair_is_one_line_and_status_2(row, told, tmp_path, capsys):
     [
         ([{**OK, "prompt": "word " * 600}, *[{**OK, "prompt": f"{n}?"} for n in range(5)]], ["pairs.jsonl:1", "tokens", "512"]),
         ([{"prompt": [{**USER, "content": "<|end|>"}], "chosen": [GOOD], "rejected": [BAD]}] * 1 + [OK], ["control token"]),
-        ([OK], ["num_eval is 1"]),
+        ([OK], ["(num_eval) is 1"]),
         ([], ["has no pair"]),
     ],
 )
