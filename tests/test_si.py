@@ -1,0 +1,348 @@
+"""`metrics.py si`: the sharper estimate, selection, creation; the command against brute force and the task's rates."""
+
+import itertools
+import json
+import math
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from test_metrics import channel, draw_scores
+
+import data
+import metrics
+import policy
+import tiny
+
+PRINCIPLES = str(tiny.MODEL_DIR.parent / "principles" / "reasoning.txt")
+FEW = ["--num-questions", "2", "--max-completion-length", "16"]  # with the first four principles: see `run`
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    return policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+
+
+def config(*flags):
+    return metrics.parse(["si", "--principles", PRINCIPLES, *flags])[1]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function of flags that gives the numbers of a run of the command on four principles; `run.path` holds them."""
+    pool = tmp_path / "pool.txt"
+    pool.write_text("\n".join(p.text for p in tiny.principles()[:4]))
+
+    def start(*flags):
+        path = tmp_path / "si.json"
+        assert metrics.main(["si", "--principles", str(pool), "--json", str(path), *flags]) == 0
+        return json.loads(path.read_text())
+
+    start.pool = pool
+    return start
+
+
+# ------------------------------------------------------------------------------------------------ the estimate
+
+
+@pytest.mark.parametrize("num", [2, 3, 6])
+def test_the_sharper_estimate_is_the_exact_information_of_each_input_of_a_channel(num):
+    log_p, exact = channel(num, 6, seed=num)
+    each = (log_p.exp() * (log_p - log_p.logsumexp(0) + math.log(num))).sum(-1)  # [K] KL(p_i || mixture)
+    scores = draw_scores(log_p, 20_000)
+    sharp, row = metrics.posterior_information(scores), metrics.row_information(scores)  # [N, K] both
+    error = (sharp.mean(0) - each) / (sharp.std(0) / len(sharp) ** 0.5)
+    assert error.abs().max() < 4, f"off by {error.tolist()} standard errors: weights, or row and column confused?"
+    assert math.isclose(each.mean(), exact, rel_tol=1e-9)
+    assert (sharp.std(0) < row.std(0)).all(), "not sharper"
+
+
+def test_its_interval_covers_the_truth():
+    log_p, exact = channel(4, 6)
+    hits = 0
+    for seed in range(100):
+        low, high = metrics.bootstrap_interval(
+            metrics.posterior_information(draw_scores(log_p, 100, seed)).mean(1), resamples=500, seed=seed
+        )
+        hits += bool(low <= exact <= high)
+    assert hits >= 90, f"a 95% interval held the exact value in {hits} of 100 repetitions"
+
+
+def test_limits_of_the_sharper_estimate():
+    told_apart = torch.eye(5).expand(3, 5, 5) * 1e3
+    torch.testing.assert_close(metrics.posterior_information(told_apart), torch.full((3, 5), math.log(5)))
+    assert metrics.posterior_information(torch.zeros(3, 5, 5)).abs().max() < 1e-6
+
+
+def test_sampled_negatives_estimate_the_information_within_a_random_subset():
+    log_p, _ = channel(6, 8)
+    members = torch.tensor(list(itertools.combinations(range(6), 3)))  # [20, 3]
+    part = log_p[members]  # [20, 3, Y]
+    exact = (part.exp() * (part - part.logsumexp(1, keepdim=True) + math.log(3))).sum((1, 2)).mean() / 3
+    scores = draw_scores(log_p, 20_000)  # [N, 6, 6]
+    written_by = metrics.draw_candidates(6, len(scores), 2, seed=0)  # [N, 6, 3]
+    scored = torch.zeros(scores.shape, dtype=torch.bool).scatter_(2, written_by, True).mT  # [N, i, j]
+    assert (scored.sum(1) == 3).all() and (scored.sum(2) == 3).all() and scored.diagonal(dim1=1, dim2=2).all()
+    shares = scored.double().mean(0)  # every other principle is a candidate equally often
+    assert (shares + 0.6 * torch.eye(6) - torch.full((6, 6), 0.4) - 1.2 * torch.eye(6)).abs().max() < 0.02
+    for estimate in (
+        metrics.posterior_information(scores.masked_fill(~scored, -math.inf)),
+        math.log(3) - metrics.row_info_nce(scores.masked_fill(~scored, -math.inf)),
+    ):
+        info = estimate.mean(1)  # [N]
+        assert abs(info.mean() - exact) < 4 * info.std() / len(info) ** 0.5
+    assert exact < channel(6, 8)[1], "a bound of the whole pool's information"
+
+
+def test_confusion_is_the_mean_posterior():
+    scores = torch.tensor([[[0.0, -math.inf], [math.log(3), 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    torch.testing.assert_close(metrics.confusion(scores), torch.tensor([[0.75, 0.5], [0.625, 0.375]]))
+
+
+# ------------------------------------------------------------------------------------------------ selection
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_greedy_selection_finds_what_trying_all_finds(seed):
+    scores = draw_scores(channel(9, 7, seed=seed)[0], 60, seed)
+    for size in (2, 3, 5, 9):
+        exact = metrics.select_subset(scores, size)
+        greedy = metrics.select_subset(scores, size, exact_up_to=0)
+        values = metrics.subset_information(scores, torch.tensor([exact, greedy])).mean(0)  # [2]
+        assert values[1] > values[0] - 1e-9 and len(set(greedy)) == size, f"greedy {greedy}, exact {exact}"
+
+
+def test_a_subset_is_judged_with_its_own_members_as_candidates():
+    scores = draw_scores(channel(5, 7)[0], 50)
+    alone = scores[:, [1, 4]][:, :, [1, 4]]
+    seen = metrics.subset_information(scores, torch.tensor([[1, 4], [0, 2]]))[:, 0]
+    torch.testing.assert_close(seen, metrics.posterior_information(alone).mean(1))
+    with pytest.raises(ValueError, match="2 <= size <= K = 5"):
+        metrics.select_subset(scores, 6)
+
+
+def test_of_two_that_say_the_same_selection_takes_one():
+    log_p = torch.tensor([[.9, .05, .05], [.88, .06, .06], [.05, .9, .05], [.1, .2, .7]]).double().log()  # 0 is 1
+    chosen = metrics.select_subset(draw_scores(log_p, 2000), 3)
+    assert chosen[1:] == [2, 3], f"two paraphrases were chosen together: {chosen}"
+
+
+# ------------------------------------------------------------------------------------------------ sampling and scoring
+
+
+def test_scores_and_answers_equal_the_plain_forward(tiny_model):
+    """One row at a time, no cache, no chunks: the CoT under every principle, and the right answer after it."""
+    model, tokenizer = tiny_model
+    questions = tiny.make_questions(6, held_out=True)
+    texts = [p.text for p in tiny.principles()[:3]]
+    prompts = [
+        data.encode_prompts(tokenizer, [data.build_messages(q.text, text) for text in texts]) for q in questions
+    ]
+    answers = [q.answer for q in questions[:5]] + [None]
+    chains = metrics.sample_chains(model, tokenizer, prompts, 40, 0.8, torch.Generator().manual_seed(0))
+    written_by = metrics.draw_candidates(3, 6, 2, seed=0)
+    scores, answer_logp = metrics.score_chains(model, tokenizer, prompts, chains, answers, written_by, 0.8)
+    kinds, table = set(), torch.zeros(6, 3, 3)
+
+    def plain(prefix, ids):
+        with torch.no_grad():
+            logits = model(torch.tensor([prefix + ids])).logits[0, len(prefix) - 1 : -1] / 0.8
+        return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().item()
+
+    for n, i, j in itertools.product(range(6), range(3), range(3)):
+        chain, prompt = chains[n][i], prompts[n][j]
+        kinds.add((chain.closed, chain.truncated))
+        table[n, i, j] = plain(prompt, chain.ids)
+        assert math.isclose(scores[n, i, j], table[n, i, j], abs_tol=2e-3), "transposed, or a wrong span?"
+        if answers[n] is None:
+            assert answer_logp[n, j, i].isnan()
+            continue
+        thought = [t for t in chain.ids if t != tokenizer.eos_token_id]
+        assert ("</reasoning>" in tokenizer.decode(thought)) == chain.closed
+        bridge = tiny.encode(tokenizer, "<answer>" if chain.closed else "</reasoning><answer>")
+        expected = plain(prompt + thought + bridge, tiny.encode(tokenizer, f"{answers[n]}</answer>"))
+        assert math.isclose(answer_logp[n, j, i], expected, abs_tol=2e-3), (chain, "bridge, or an end token left in?")
+    assert kinds >= {(True, False), (False, False), (False, True)}, f"closed, ended unclosed, cut: not all occur, {kinds}"
+    estimate, (low, high) = metrics.sufficiency_index(table), metrics.bootstrap_interval(metrics.row_information(scores))
+    assert (low - 1e-3 <= estimate * math.log(3)).all() and (estimate * math.log(3) <= high.clamp(min=0) + 1e-3).all()
+
+
+def test_answer_gain_by_hand():
+    logp = torch.tensor([[[-1.0, -3.0, -5.0], [-2.0, -2.0, math.nan], [0.0, 0.0, -9.0]]])  # prompt, CoT
+    torch.testing.assert_close(metrics.answer_gain(logp), torch.tensor([[3.0, 0.0, -9.0]]))
+
+
+def test_ranking_agrees_with_the_rates_of_the_task_and_negatives_are_apart(run, tmp_path, capsys):
+    pool = tmp_path / "pool.jsonl"
+    data.save_principles(pool, tiny.principles())
+    result = run("--principles", str(pool), "--num-questions", "24", "--seed", "0")
+    ranked = [row["id"] for row in result["principles"]]
+    built = sorted(tiny.STYLES, key=lambda name: -tiny.STYLES[name].rate)
+    squares = sum((ranked.index(name) - place) ** 2 for place, name in enumerate(built))
+    spearman = 1 - 6 * squares / (8 * 63)
+    told = capsys.readouterr().out
+    with capsys.disabled():
+        print(f"\nSI ranking against the task's follow rates: Spearman {spearman:.2f}")
+    assert spearman >= 0.9, result["principles"]
+    keys = {"mi_row", "mi_column", "retrieval", "mistaken_for", "format", "cot_length", "accuracy", "answer_gain"}
+    for row in result["principles"]:
+        assert row["si"]["low"] <= row["si"]["mean"] <= row["si"]["high"] and keys <= set(row)
+    assert math.isclose(result["ceiling"], math.log(8)) and result["chains"] == 24 * 8
+    recorded = json.loads((tiny.MODEL_DIR / "record.json").read_text())
+    for name, seen in (("accuracy", result["set"]["accuracy"]), ("si", result["set"]["si"]["mean"])):
+        assert abs(seen - recorded[name]) < 0.12, f"{name}: {seen:.3f}, recorded {recorded[name]:.3f}"
+    against = {row["id"]: row["nats"]["mean"] for row in result["negatives"]}
+    assert list(against) == list(tiny.STYLES) and max(against.values()) <= math.log(2)
+    assert min(against["number"], against["check"]) > 0.1, "plain working, asked for by the negative, looks like these?"
+    assert "no bound" in told and "chance" in told and "Number every step." in told
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_select_writes_a_file_that_training_takes(run, tmp_path, capsys):
+    out = tmp_path / "best.jsonl"
+    result = run(*FEW, "--select", "2", "--out", str(out))
+    chosen = data.load_principles(out)
+    assert [p.id for p in chosen] == result["selection"]["ids"] and len(chosen) == 2
+    assert {p.text for p in chosen} <= {p.text for p in data.load_principles(run.pool)}
+    seen = {f.name for f in tmp_path.iterdir()}
+    assert seen == {"pool.txt", "best.jsonl", "si.json", "si.png"}, "a file aside was left"
+    assert "best 2" in capsys.readouterr().out
+
+
+def test_out_without_select_holds_all_best_first_and_a_seed_repeats(run, tmp_path):
+    questions, out = tmp_path / "q.jsonl", tmp_path / "all.jsonl"
+    questions.write_text("".join(json.dumps({"question": q.text}) + "\n" for q in tiny.make_questions(4, True)))
+    one, two = (run(*FEW, "--questions", str(questions), "--out", str(out)) for _ in range(2))
+    assert one == two and one["questions"] == 2
+    assert [p.id for p in data.load_principles(out)] == [row["id"] for row in one["principles"]]
+    assert "accuracy" not in one["set"], "these questions have no answers"
+
+
+def test_a_pool_is_scored_against_sampled_negatives_and_selected_on_all_pairs(run, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "MAX_SCORED_ALL", 3)
+    result = run(*FEW, "--select", "2")
+    assert result["candidates"] == 3 and math.isclose(result["ceiling"], math.log(3)) and result["chance"] == 1 / 3
+    assert len(result["pool"]) == 4 and set(result["selection"]["indices"]) <= set(result["pool"])
+    assert "at most log 3" in capsys.readouterr().out
+    assert run(*FEW, "--num-negatives", "1")["candidates"] == 2
+
+
+def test_an_interrupted_run_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "si.json"
+    path.write_text("old")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        metrics._write_json(path, {"a": 1})
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    metrics._write_json(path, {"a": math.nan, "b": [math.inf, 1.5]})
+    assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.5]}
+
+
+def test_a_missing_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    metrics._plot(tmp_path / "x.json", None)
+    assert capsys.readouterr().err == "no plot: pip install matplotlib\n" and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ creation
+
+
+def test_proposals_of_a_model_that_cannot_write_are_sourced_distinct_and_loadable(run, tmp_path, capsys):
+    out = tmp_path / "best.jsonl"
+    result = run(*FEW, "--propose", "3", "--select", "5", "--out", str(out))
+    rows = {row["id"]: row for row in result["principles"]}
+    created = [row for row in rows.values() if row["source"] != str(run.pool)]
+    assert len(rows) == 7 and len(created) == 3 and len({row["text"].casefold() for row in rows.values()}) == 7
+    for row in created:
+        first, second = row["id"].split("+")
+        assert rows[first]["text"].rstrip(".") in row["text"] and rows[second]["text"][1:] in row["text"]
+        assert first in row["source"] and second in row["source"]
+    assert len(data.load_principles(out)) == 5
+    assert "joined by their texts" in capsys.readouterr().out
+
+
+def test_a_model_that_writes_proposes_and_what_is_unusable_is_left_out(tiny_model, monkeypatch):
+    model, tokenizer = tiny_model
+    principles = tiny.principles()[:3]
+    replies = ["Count every step aloud.", "Number every step", "Too short.", "<answer>No tags here.</answer>",
+               "A cut sentence without", "Turn <|user|> around now.", "word " * 60 + "."]
+    rng = random.Random(0)
+
+    def ask(model, tokenizer, requests, temperature, generator):
+        if requests[0].startswith("Repeat"):
+            return [p.text.upper() for p in principles]
+        return [rng.choice(replies) for _ in requests]
+
+    monkeypatch.setattr(metrics, "_ask", ask)
+    found = metrics.propose(model, tokenizer, principles, 3, config())
+    assert len(found) == 3 and [p.text for p, _ in found].count("Count every step aloud.") == 1
+    written = {p.text for p, source in found if "by tiny" in source}
+    assert written == {"Count every step aloud."}, "taken: a copy, a fragment, a tag or a control token"
+    assert sum("joined" in source for _, source in found) == 2, "too few usable ones are filled up by joining texts"
+
+
+def test_asking_reads_the_first_line_without_bullets_and_quotes(tiny_model, monkeypatch):
+    model, tokenizer = tiny_model
+
+    def sample(model, prompts, *rest):
+        ids = torch.tensor(tiny.encode(tokenizer, '\n- "Name the unit."\nAnd more'))[None, None]
+        return policy.Completions(ids, ids >= 0, ids[..., 0] < 0, ids[..., 0] * 0.0)
+
+    monkeypatch.setattr(metrics, "sample", sample)
+    assert metrics._ask(model, tokenizer, ["?"], 1.0, torch.Generator()) == ["Name the unit."]
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "content, flags, told",
+    [
+        (None, ["--principles", "{tmp}/none.txt"], ["none.txt", "text file"]),
+        (b"Only one.\n", [], ["p.txt", "2 or more"]),
+        (b"A.\nB.\nA.\n", [], ["p.txt:3", "line 1"]),
+        (b"A.\nB.\n<|user|> C.\n", [], ["<|user|>", "control token"]),
+        (b"A.\n" + b"word " * 600, [], ["word word", "tokens"]),
+        (None, ["--select", "9"], ["--select", "got 9", "2 to 8"]),
+        (None, ["--select", "1"], ["--select", "got 1", "2 or more"]),
+        (None, ["--propose", "0"], ["--propose", "got 0"]),
+        (None, ["--num-questions", "1"], ["--num-questions", "got 1", "2 or more"]),
+        (None, ["--num-questions", "many"], ["--num-questions", "many"]),
+        (None, ["--num-negatives", "8"], ["--num-negatives", "got 8", "1 to 7"]),
+        (None, ["--temperature", "0"], ["--temperature", "above 0"]),
+        (None, ["--max-completion-length", "600"], ["--max-completion-length", "512"]),
+        (None, ["--model", "{tmp}"], ["--model", "{tmp}", "safetensors"]),
+        (None, ["--questions", "{tmp}/none.jsonl"], ["none.jsonl"]),
+        (None, ["--out", "{tmp}/best.txt"], ["--out", ".jsonl"]),
+        (None, ["--out", "{tmp}/none/best.jsonl"], ["--out", "writable folder"]),
+        (None, ["--json", "{tmp}"], ["--json", "{tmp}"]),
+        (None, ["--such", "1"], ["--such", "--help"]),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(content, flags, told, tmp_path, capsys):
+    flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
+    if "--principles" not in flags:
+        path = Path(PRINCIPLES) if content is None else tmp_path / "p.txt"
+        if content is not None:
+            path.write_bytes(content)
+        flags = ["--principles", str(path), *flags]
+    assert metrics.main(["si", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, f"more than one line: {error}"
+    assert all(part.replace("{tmp}", str(tmp_path)) in error for part in told), error
+
+
+@pytest.mark.parametrize("argv", [[], ["sigh"], ["--principles", "x"]])
+def test_a_command_that_is_none_is_refused(argv, capsys):
+    assert metrics.main(argv) == 2
+    assert "si and geometry are accepted" in capsys.readouterr().err
+    assert metrics.main(["--help"]) == 0 and "metrics.py si" in capsys.readouterr().out
