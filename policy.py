@@ -121,10 +121,10 @@ def _prefill(model, prompts: list[list[int]]):
 
 
 def _copy_cache(layers, rows) -> DynamicCache:
-    """A cache whose row r continues prompt rows[r]."""
+    """A cache whose row r continues prompt rows[r]. index_select: the gradient of keys[rows] is not deterministic."""
     cache = DynamicCache()
     for index, (keys, values) in enumerate(layers):
-        cache.update(keys[rows], values[rows], index)
+        cache.update(keys.index_select(0, rows), values.index_select(0, rows), index)
     return cache
 
 
@@ -219,7 +219,7 @@ def hidden_states(model, prompts, completions_tokens, mask, rows_per_forward: in
         ).last_hidden_state  # [rows, length, d]
         hidden = hidden.masked_fill(~mask.flatten(0, 1)[rows, :length, None], 0)  # [rows, length, d]
         blocks.append(F.pad(hidden, (0, 0, 0, width - length)))  # [rows, T, d]
-    return torch.cat(blocks)[order.argsort()].reshape(num, per_prompt, width, -1)  # [P, N, T, d]
+    return torch.cat(blocks).index_select(0, order.argsort()).reshape(num, per_prompt, width, -1)  # [P, N, T, d]
 
 
 def log_probs(model, hidden, tokens, mask, temperature, logits_per_chunk: int = LOGITS_PER_CHUNK):
@@ -237,7 +237,8 @@ def log_probs(model, hidden, tokens, mask, temperature, logits_per_chunk: int = 
         logits = head(model, states) / temperature  # [C, V]
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)  # [C]
 
-    states, targets = hidden[mask], tokens[mask]  # [M, d], [M]
+    where = mask.flatten().nonzero()[:, 0]  # [M]
+    states, targets = hidden.flatten(0, -2).index_select(0, where), tokens[mask]  # [M, d], [M]
     size = max(1, logits_per_chunk // model.get_output_embeddings().weight.shape[0])
     if len(states) <= size:
         parts = [chunk_logp(states, targets)]

@@ -18,7 +18,7 @@ from metrics import answer_is_right
 from policy import eos_ids, hidden_states, log_probs, sample
 
 LOSSES = {"infopo": infopo_loss, "dpo": dpo_loss}
-DEFAULT_BETA = {"infopo": 1.0, "dpo": 0.1}
+DEFAULT_BETA = {"infopo": 0.1, "dpo": 0.1}  # the best of benchmarks/preference.py
 PAIRS_PER_FORWARD = 32  # without gradient
 
 

@@ -99,7 +99,7 @@ class Config:
     loss_type: Literal["grpo", "bnpo", "dr_grpo"] = option("dr_grpo", "how the policy loss is averaged over tokens")
     scale_rewards: Literal["none", "group"] = option("none", "group: divide advantages by the group's std")
     beta: float | None = option(
-        None, "with --preferences: reward per nat of log-ratio, else infopo 1, dpo 0.1; without: weight of the KL to "
+        None, "with --preferences: reward per nat of log-ratio, else 0.1; without: weight of the KL to "
         "the frozen start inside the GRPO term, else 0")
 
     preference_loss: Literal["infopo", "dpo"] = option("infopo", "what --preferences trains with")
@@ -248,8 +248,8 @@ def all_completions(model, batch: Batch, temperature):
     logp = logp.reshape(num_questions, num, num, per_group, width)  # [Q, j, i, G, T]
     hidden = hidden.reshape(num_questions, num, num, per_group, width, -1)  # [Q, j, i, G, T, d]
     scores = (logp * batch.cot[:, None]).sum(-1)  # [Q, j, i, G]
-    index = torch.arange(num, device=hidden.device)  # [K]
-    return scores.permute(0, 3, 2, 1), hidden[:, index, index], logp[:, index, index]  # see above
+    own_hidden, own_logp = (t.diagonal(dim1=1, dim2=2).movedim(-1, 1) for t in (hidden, logp))  # [Q, K, G, T, d] and so
+    return scores.permute(0, 3, 2, 1), own_hidden, own_logp  # see above
 
 
 def refer(reference, batch: Batch, config) -> None:

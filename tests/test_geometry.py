@@ -1,6 +1,7 @@
 """`metrics.py geometry`: every quantity against a case worked by hand, and the command on the embedded model."""
 
 import copy
+import importlib.util
 import json
 import math
 
@@ -168,7 +169,9 @@ def test_the_command_on_a_moved_model(tmp_path, capsys):
         assert 0 < row["linear_cka"] < 1 and 0 <= row["drift_in_span"] <= 1 and row["random_span"] == 7 / 128
         assert all(math.isfinite(value) for value in row.values())
     assert result["outputs"]["kl"]["low"] > 0 and 0 < result["outputs"]["fisher_rao"]["mean"] < math.pi
-    assert (tmp_path / "g.png").exists() and len(list(tmp_path.iterdir())) == 3, "a file aside was left"
+    plots = {"g.png"} if importlib.util.find_spec("matplotlib") else set()  # an optional package
+    seen = {path.name for path in tmp_path.iterdir()}
+    assert plots <= seen and len(seen) == 2 + len(plots), "a file aside was left"
 
 
 def test_a_model_compared_with_itself_has_not_moved(tmp_path):
