@@ -30,7 +30,7 @@ def test_every_file_it_names_exists():
 
 def test_every_flag_it_names_is_a_flag():
     flags = {"--" + f.name.replace("_", "-") for f in fields(train.Config)} | {"--help"}
-    for command in re.findall(r"python benchmarks/.*", README):
+    for command in re.findall(r"python (?:benchmarks/|metrics\.py).*", README):
         flags |= set(re.findall(r"--[\w-]+", command))  # those have parsers of their own
     for flag in set(re.findall(r"(?<![\w|-])--[a-z][\w-]+", README)):
         assert flag in flags, f"README names {flag}, which train.py does not take"
