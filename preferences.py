@@ -18,7 +18,7 @@ from metrics import answer_is_right
 from policy import eos_ids, hidden_states, log_probs, sample
 
 LOSSES = {"infopo": infopo_loss, "dpo": dpo_loss}
-DEFAULT_BETA = {"infopo": 0.1, "dpo": 0.1}  # the best of benchmarks/preference.py
+DEFAULT_BETA = 0.1  # the best of benchmarks/preference.py, for InfoPO and within noise for DPO
 PAIRS_PER_FORWARD = 32  # without gradient
 
 
@@ -87,7 +87,7 @@ def with_reference(model, pairs: Pairs, temperature) -> Pairs:
 def preference_loss(model, pairs: Pairs, config):
     """(loss, statistics), means over the pairs: see infopo.py for each statistic."""
     logp = pair_logp(model, pairs, config.temperature)  # [P, 2]
-    beta = DEFAULT_BETA[config.preference_loss] if config.beta is None else config.beta
+    beta = DEFAULT_BETA if config.beta is None else config.beta
     loss, stats = LOSSES[config.preference_loss](*logp.unbind(1), *pairs.ref_logp.unbind(1), beta)
     return loss, {"loss_preference": loss, **{f"pair_{name}": value for name, value in stats.items()}}
 
