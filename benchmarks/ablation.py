@@ -11,16 +11,15 @@ visibly follow their principle (tiny.follows): no loss and no metric of the trai
 
 import argparse
 import json
-import math
 import os
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import interval, run_script, run_training, side_by_side  # noqa: E402
 
 VARIANTS = {
     "GRPO": ["--lambda-mi", "0", "--lambda-ot", "0"],
@@ -29,7 +28,11 @@ VARIANTS = {
     "ENIGMA": [],
 }
 COLUMNS = ("format", "accuracy", "si", "follows", "sinkhorn", "completion_length")
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # two-sided, n - 1 degrees
+MEASURE = """
+import json, sys, torch, policy, tiny
+for path in sys.argv[1:]:
+    print(json.dumps(tiny.measure(*policy.load_model(path, torch.device("cpu")), 128)))
+"""
 
 
 def run(name, seed, args, extra) -> dict:
@@ -37,36 +40,15 @@ def run(name, seed, args, extra) -> dict:
     directory = args.output_dir / f"{name.replace(' ', '').replace('+', '_')}-{seed}"
     result = directory / "result.json"
     if not result.exists():
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        train = [
-            sys.executable, "train.py", "--principles", "principles/reasoning.txt", "--eval-questions", "512",
-            "--eval-steps", "0", "--seed", str(seed), "--output-dir", str(directory.resolve()), *VARIANTS[name], *extra,
-        ]
-        done = subprocess.run(train, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{name}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
-        measure = (
-            "import json, sys, torch, policy, tiny\n"
-            "for path in sys.argv[1:]:\n"
-            "    print(json.dumps(tiny.measure(*policy.load_model(path, torch.device('cpu')), 128)))\n"
+        evals = run_training(
+            directory, "--principles", "principles/reasoning.txt", "--eval-questions", 512, "--eval-steps", 0,
+            "--seed", seed, *VARIANTS[name], *extra,
         )
-        done = subprocess.run(
-            [sys.executable, "-c", measure, str(ROOT / "tiny-model"), str(directory.resolve() / "final")],
-            cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
-        )
-        evals = json.loads((directory / "eval.json").read_text())
-        for when, line in zip(("start", "end"), done.stdout.splitlines()[-2:], strict=True):
-            shares = json.loads(line)["follows"].values()
-            evals[when]["follows"] = {"mean": statistics.mean(shares)}
+        printed = run_script("-c", MEASURE, ROOT / "tiny-model", directory.resolve() / "final")
+        for when, line in zip(("start", "end"), printed.splitlines()[-2:], strict=True):
+            evals[when]["follows"] = {"mean": statistics.mean(json.loads(line)["follows"].values())}
         result.write_text(json.dumps(evals))
-    print(f"{name}, seed {seed}: done", file=sys.stderr)
     return json.loads(result.read_text())
-
-
-def interval(values) -> tuple[float, float]:
-    """Mean over seeds, and half the width of its 95% t interval."""
-    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.mean(values), half
 
 
 def table(results) -> str:
@@ -126,9 +108,8 @@ def main() -> None:
     args, extra = parser.parse_known_args()  # what is left goes to train.py
     args.output_dir.mkdir(parents=True, exist_ok=True)
     jobs = [(name, seed) for seed in range(args.seeds) for name in args.variants]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        done = list(pool.map(lambda job: run(*job, args, extra), jobs))
-    results = {n: [r for (name, _), r in zip(jobs, done, strict=True) if name == n] for n in args.variants}
+    done = side_by_side(lambda name, seed: run(name, seed, args, extra), jobs, args.jobs)
+    results = {name: [done[name, seed] for seed in range(args.seeds)] for name in args.variants}
     (args.output_dir / "ablation.json").write_text(json.dumps(results, indent=1))
     print(table(results), claims(results), sep="\n\n")
     try:

@@ -12,15 +12,13 @@ Writes preference.json and preference.png there, and prints the tables.
 import argparse
 import json
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.ablation import interval  # noqa: E402
+from benchmarks.common import interval, run_training, side_by_side  # noqa: E402
 
 BETAS = {"infopo": ("0.1", "0.3", "1"), "dpo": ("0.1", "0.3", "1")}
 RATES = ("1e-4", "2e-4")
@@ -31,19 +29,11 @@ GRID_SEED = 100
 def run(loss, beta, rate, seed, args, extra) -> dict:
     """eval.json of one training, in a process of its own. The grid is evaluated on fewer questions, at its end."""
     questions, steps = ("256", "0") if seed == GRID_SEED else ("512", "20")
-    directory = args.output_dir / f"{loss}-beta{beta}-lr{rate}-seed{seed}"
-    if not (directory / "final").exists():
-        command = [
-            sys.executable, "train.py", "--preferences", "tiny", "--preference-loss", loss, "--beta", beta,
-            "--learning-rate", rate, "--seed", str(seed), "--max-steps", "100", "--eval-steps", steps,
-            "--eval-questions", questions, "--output-dir", str(directory.resolve()), *extra,
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{directory.name}: {done.stderr.strip().splitlines()[-1]}")
-    print(f"{directory.name}: done", file=sys.stderr)
-    return json.loads((directory / "eval.json").read_text())
+    return run_training(
+        args.output_dir / f"{loss}-beta{beta}-lr{rate}-seed{seed}", "--preferences", "tiny", "--preference-loss", loss,
+        "--beta", beta, "--learning-rate", rate, "--seed", seed, "--max-steps", 100, "--eval-steps", steps,
+        "--eval-questions", questions, *extra,
+    )
 
 
 def course(evals, name) -> dict:
@@ -88,8 +78,7 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     def run_all(jobs):
-        with ThreadPoolExecutor(args.jobs) as pool:
-            return dict(zip(jobs, pool.map(lambda job: run(*job, args, extra), jobs), strict=True))
+        return side_by_side(lambda *job: run(*job, args, extra), jobs, args.jobs)
 
     grid = run_all([(loss, b, r, GRID_SEED) for loss, betas in BETAS.items() for b in betas for r in RATES])
 

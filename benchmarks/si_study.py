@@ -1,0 +1,197 @@
+"""Does SI, measured before training, predict the training? Twelve sets of four principles, on the embedded model.
+
+    python benchmarks/si_study.py                       # about an hour and a half on two cores; finished runs are kept
+    python benchmarks/si_study.py --seeds 1 --jobs 1
+
+The sets go from clearly distinct principles over paraphrases of one to strings without meaning. For each: SI of the set
+by `metrics.py si`, before any training; then `train.py` with its defaults (full ENIGMA) and without the two other terms
+(GRPO alone), over seeds. The rank correlations are over sets, on means over seeds; their intervals are bootstrap
+intervals over sets and seeds. Steadiness of a run, from its metrics.jsonl:
+
+    reward_std   standard deviation of the reward over the last half of the steps
+    grad_norm    mean gradient norm before clipping, all steps
+    falls        share of steps whose reward is below that of the step before
+
+Then the choice by SI: `metrics.py si --select 4` on principles/twelve.txt against random fours of the same pool. Those
+sets also take no part in any choice of how SI is defined. Writes si_study.json and si_study.png into --output-dir.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import interval, run_script, run_training, side_by_side  # noqa: E402
+from tiny import STYLES  # noqa: E402
+
+
+def said(name, wording=0):
+    return STYLES[name].texts[wording]
+
+
+SETS = {
+    "strong four": [said(n) for n in ("number", "check", "units", "givens")],
+    "mixed four": [said(n) for n in ("number", "givens", "plan", "order")],
+    "other mixed four": [said(n) for n in ("check", "units", "goal", "conclude")],
+    "weak four": [said(n) for n in ("plan", "goal", "conclude", "order")],
+    "three, one said twice": [said("number"), said("number", 1), said("check"), said("units")],
+    "two, each said twice": [said("number"), said("number", 1), said("check"), said("check", 1)],
+    "two weak, each said twice": [said("goal"), said("goal", 1), said("plan"), said("plan", 1)],
+    "one said three times, another": [*STYLES["number"].texts, said("check")],
+    "one strong, said four times": [*STYLES["number"].texts, "Number each step."],
+    "one weak, said four times": [*STYLES["order"].texts, "Use words that order."],
+    "opposites": [STYLES[n].negative for n in ("number", "check", "units", "givens")],
+    "strings": ["qwlk vrtz", "mmbo aeiu kkd", "zxcv", "plof dran urt"],
+}
+POOL, SELECTED, RANDOM_SETS = "principles/twelve.txt", 4, 5
+VARIANTS = {"ENIGMA": [], "GRPO": ["--lambda-mi", "0", "--lambda-ot", "0"]}
+OUTCOMES = ("accuracy", "format", "reward_std", "grad_norm", "falls", "si_end", "drift")
+
+
+def write_sets(directory) -> dict:
+    """Set -> its principles file: the twelve, the choice by SI, and random choices from the same pool."""
+    directory.mkdir(parents=True, exist_ok=True)
+    pool = [line.strip() for line in (ROOT / POOL).read_text().splitlines() if line.strip() and line[0] != "#"]
+    rng = random.Random(0)
+    drawn = {f"random {i + 1}": rng.sample(pool, SELECTED) for i in range(RANDOM_SETS)}
+    files = {name: directory / f"{name.replace(' ', '_').replace(',', '')}.txt" for name in (SETS | drawn)}
+    for name, texts in (SETS | drawn).items():
+        files[name].write_text("\n".join(texts) + "\n")
+    best = directory / "selected.jsonl"
+    if not best.exists():
+        run_script("metrics.py", "si", "--principles", POOL, "--select", SELECTED, "--out", best.resolve())
+    return files | {"selected": best}
+
+
+def measure_si(name, file, directory) -> dict:
+    """The set's row of `metrics.py si`, on the starting model."""
+    result = directory / f"{file.stem}.json"
+    if not result.exists():
+        flags = "--principles", file.resolve(), "--num-questions", 256, "--json", result.resolve()
+        run_script("metrics.py", "si", *flags)
+    return json.loads(result.read_text())
+
+
+def train(variant, name, seed, file, args, extra) -> dict:
+    """The outcomes of one training."""
+    directory = args.output_dir / f"{variant}-{file.stem}-{seed}"
+    evals = run_training(
+        directory, "--principles", file.resolve(), "--eval-questions", 256, "--eval-steps", 0, "--seed", seed,
+        *VARIANTS[variant], *extra,
+    )
+    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    rewards = [step["reward"] for step in steps]
+    return {
+        "accuracy": evals["end"]["accuracy"]["mean"], "format": evals["end"]["format"]["mean"],
+        "si_end": evals["end"]["si"]["mean"], "drift": evals["end"]["sinkhorn"]["mean"],
+        "reward_std": statistics.stdev(rewards[len(rewards) // 2 :]),
+        "grad_norm": statistics.mean(step["grad_norm"] for step in steps),
+        "falls": statistics.mean(after < before for before, after in zip(rewards, rewards[1:])),
+    }
+
+
+def ranks(values) -> list[float]:
+    """Ranks from 1, ties share their mean."""
+    return [sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2 for x in values]
+
+
+def spearman(x, y) -> float:
+    """Correlation of the ranks; 0 where one side does not vary."""
+    x, y = ranks(x), ranks(y)
+    return statistics.correlation(x, y) if len(set(x)) > 1 and len(set(y)) > 1 else 0.0
+
+
+def correlation(predictor, runs, resamples=2000) -> tuple[float, float, float]:
+    """Spearman of predictor [sets] and the mean over seeds of runs [sets][seeds]; interval over sets and seeds."""
+    rng, found = random.Random(0), []
+    for _ in range(resamples):
+        chosen = rng.choices(range(len(predictor)), k=len(predictor))
+        means = [statistics.mean(rng.choices(runs[i], k=len(runs[i]))) for i in chosen]
+        found.append(spearman([predictor[i] for i in chosen], means))
+    found.sort()
+    rho = spearman(predictor, [statistics.mean(r) for r in runs])
+    return rho, found[int(0.025 * resamples)], found[int(0.975 * resamples)]
+
+
+def plot(names, si, runs, path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
+    titles = {"accuracy": "accuracy", "format": "format", "reward_std": "reward, std of the last half",
+              "falls": "share of steps that lower the reward"}
+    for axis, (outcome, title) in zip(axes, titles.items(), strict=True):
+        for color, variant in enumerate(VARIANTS):
+            points = [[r[outcome] for r in runs[variant, name]] for name in names]
+            for x, values in zip(si, points, strict=True):
+                axis.plot([x] * len(values), values, ".", ms=3, color=f"C{color}", alpha=0.5)
+            axis.plot(si, [statistics.mean(p) for p in points], "o", ms=6, color=f"C{color}", label=variant)
+        axis.set(title=title, xlabel="SI of the set, before training")
+        axis.title.set_fontsize(10)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "si_study")
+    args, extra = parser.parse_known_args()  # what is left goes to train.py
+    files = write_sets(args.output_dir / "sets")
+    chosen = [name for name in files if name not in SETS]
+    measured = side_by_side(
+        lambda name: measure_si(name, files[name], args.output_dir / "sets"), [(n,) for n in files], args.jobs
+    )
+    si = {name: measured[name,]["set"]["si"]["mean"] for name in files}
+    jobs = []
+    for seed in range(args.seeds):  # seed by seed: a study that is stopped early has seen every set
+        jobs += [(variant, name, seed) for name in SETS for variant in VARIANTS]
+        jobs += [("ENIGMA", name, seed) for name in chosen]
+    found = side_by_side(lambda v, name, seed: train(v, name, seed, files[name], args, extra), jobs, args.jobs)
+    runs = {(v, name): [found[v, name, s] for s in range(args.seeds)] for v, name, s in jobs if s == 0}
+    (args.output_dir / "si_study.json").write_text(
+        json.dumps({"si": si, "runs": {f"{v}: {n}": r for (v, n), r in runs.items()}}, indent=1)
+    )
+
+    def mean(variant, name, outcome):
+        return statistics.mean(r[outcome] for r in runs[variant, name])
+
+    print("| set | SI before | " + " | ".join(OUTCOMES) + " | GRPO: " + " | ".join(OUTCOMES) + " |")
+    print("|---" * (2 + 2 * len(OUTCOMES)) + "|")
+    for name in sorted(SETS, key=si.get, reverse=True):
+        cells = [f"{mean(v, name, outcome):.3f}" for v in VARIANTS for outcome in OUTCOMES]
+        print(f"| {name} | {si[name]:.3f} | " + " | ".join(cells) + " |")
+    names = list(SETS)
+    for variant in VARIANTS:
+        print(f"\n{variant}: Spearman of SI before training, {len(names)} sets, {args.seeds} seeds [95% interval]")
+        for outcome in OUTCOMES:
+            values = [[r[outcome] for r in runs[variant, n]] for n in names]
+            rho, low, high = correlation([si[n] for n in names], values)
+            print(f"  {outcome:11} {rho:+.2f} [{low:+.2f}, {high:+.2f}]")
+    halves = sorted(names, key=si.get)
+    lower, upper = halves[: len(halves) // 2], halves[len(halves) // 2 :]
+    for outcome in ("accuracy", "reward_std", "grad_norm", "falls"):
+        values = [statistics.mean(mean("ENIGMA", n, outcome) for n in half) for half in (lower, upper)]
+        print(f"ENIGMA, {outcome}: lower half of SI {values[0]:.3f}, upper half {values[1]:.3f}")
+    print(f"\n| {SELECTED} of {POOL} | SI before | accuracy | format |\n|---|---|---|---|")
+    for name in sorted(chosen, key=si.get, reverse=True):
+        values = [[r[outcome] for r in runs["ENIGMA", name]] for outcome in ("accuracy", "format")]
+        cells = ["{:.2f} ± {:.2f}".format(*interval(v)) for v in values]
+        print(f"| {name} | {si[name]:.3f} | " + " | ".join(cells) + " |")
+    try:
+        plot(names, [si[n] for n in names], runs, args.output_dir / "si_study.png")
+    except ImportError:
+        print("no plot: pip install matplotlib", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
