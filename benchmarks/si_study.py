@@ -81,10 +81,8 @@ def measure_si(name, file, directory) -> dict:
 def train(variant, name, seed, file, args, extra) -> dict:
     """The outcomes of one training."""
     directory = args.output_dir / f"{variant}-{file.stem}-{seed}"
-    evals = run_training(
-        directory, "--principles", file.resolve(), "--eval-questions", 256, "--eval-steps", 0, "--seed", seed,
-        *VARIANTS[variant], *extra,
-    )
+    flags = "--principles", file.resolve(), "--eval-steps", 0, "--seed", seed, *VARIANTS[variant], *extra
+    evals = run_training(directory, *flags)
     steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     rewards = [step["reward"] for step in steps]
     return {
