@@ -49,7 +49,17 @@ from data import (
 )
 from grpo import TAGS, format_reward
 from infonce import column_info_nce, mi_lower_bound, row_info_nce
-from policy import LOGITS_PER_CHUNK, cot_mask, eos_ids, head, hidden_states, load_model, log_probs, sample
+from policy import (
+    LOGITS_PER_CHUNK,
+    cot_mask,
+    eos_ids,
+    head,
+    hidden_states,
+    load_model,
+    log_probs,
+    sample,
+    uniform_numbers,
+)
 from sinkhorn import relative_eps, sinkhorn_divergence
 
 
@@ -417,15 +427,15 @@ class Chain(NamedTuple):
 
 
 @torch.no_grad()
-def sample_chains(model, tokenizer, prompts, max_new_tokens, temperature, generator) -> list[list[Chain]]:
+def sample_chains(model, tokenizer, prompts, max_new_tokens, temperature, seed) -> list[list[Chain]]:
     """One completion of every prompt, no top-k and no top-p: N lists of K prompts -> N lists of K chains."""
     num, eos, chains = len(prompts[0]), eos_ids(model, tokenizer), []
     flat = [prompt for row in prompts for prompt in row]
     for start in tqdm(range(0, len(flat), SAMPLED_ROWS), desc="sampling", dynamic_ncols=True):
-        out = sample(
-            model, flat[start : start + SAMPLED_ROWS], 1, max_new_tokens, temperature, eos, tokenizer.pad_token_id,
-            generator,
-        )
+        some = flat[start : start + SAMPLED_ROWS]
+        names = [f"{seed} chain {n}" for n in range(start, start + len(some))]
+        uniform = uniform_numbers(names, 1, max_new_tokens, device=model.device)  # [P, 1, T]
+        out = sample(model, some, uniform, temperature, eos, tokenizer.pad_token_id)
         spans = cot_mask(tokenizer, out.tokens, out.mask).sum(-1)  # [P, 1]
         for row, mask, span, cut in zip(out.tokens[:, 0], out.mask[:, 0], spans[:, 0].tolist(), out.truncated[:, 0]):
             text, ids = tokenizer.decode(row[mask], skip_special_tokens=True), row[:span].tolist()
@@ -531,8 +541,7 @@ def estimate_si(model, tokenizer, principles, questions, config, sources) -> tup
         f"sequences to score; through the model go 2 x {read} tokens of prompts and at most "
         f"{rows * (negatives + 2) * config.max_completion_length} of completions", flush=True,
     )
-    generator = torch.Generator(model.device).manual_seed(config.seed)
-    chains = sample_chains(model, tokenizer, prompts, config.max_completion_length, config.temperature, generator)
+    chains = sample_chains(model, tokenizer, prompts, config.max_completion_length, config.temperature, config.seed)
     written_by = draw_candidates(num, len(questions), negatives, config.seed)  # [N, K, C]
     scores, answer_logp = score_chains(model, tokenizer, prompts, chains, answers, written_by, config.temperature)
     summary = summarise_si(principles, sources, questions, chains, scores, answer_logp, negatives + 1)
@@ -681,7 +690,6 @@ def propose(model, tokenizer, principles, num: int, config) -> list[tuple[Princi
     are usable, two given texts are joined with "and". Fewer than `num` come where no more pairs exist.
     """
     rng = random.Random(f"{config.seed} propose")
-    generator = torch.Generator(model.device).manual_seed(config.seed)
     known = {_essence(p.text) for p in principles}
     ids, found = {p.id for p in principles}, []
 
@@ -693,12 +701,12 @@ def propose(model, tokenizer, principles, num: int, config) -> list[tuple[Princi
             ids.add(name)
             found.append((Principle(name, text), source))
 
-    repeated = _ask(model, tokenizer, [REPEAT.format(p.text) for p in principles], 0.01, generator)
+    repeated = _ask(model, tokenizer, [REPEAT.format(p.text) for p in principles], 0.01, f"{config.seed} repeat")
     if sum(_essence(a) == _essence(p.text) for a, p in zip(repeated, principles)) * 2 >= len(principles):
-        for _ in range(ROUNDS):
+        for turn in range(ROUNDS):
             one, two = rng.choices(principles, k=num), [rng.sample(principles, 2) for _ in range(num)]
             asked = [REWRITE.format(p.text) for p in one] + [COMBINE.format(a.text, b.text) for a, b in two]
-            texts = _ask(model, tokenizer, asked, 1.0, generator)
+            texts = _ask(model, tokenizer, asked, 1.0, f"{config.seed} round {turn}")
             labels = [(f"{p.id}*", f"{p.id} rewritten by {config.model}") for p in one]
             labels += [(f"{a.id}*{b.id}", f"{a.id} and {b.id} combined by {config.model}") for a, b in two]
             drawn = list(zip(labels, texts))
@@ -716,10 +724,11 @@ def propose(model, tokenizer, principles, num: int, config) -> list[tuple[Princi
 
 
 @torch.no_grad()
-def _ask(model, tokenizer, requests: list[str], temperature: float, generator) -> list[str]:
+def _ask(model, tokenizer, requests: list[str], temperature: float, name: str) -> list[str]:
     """The first line of the model's reply to each request, without bullets and quotes."""
     prompts = encode_prompts(tokenizer, [[{"role": "user", "content": r}] for r in requests], _prompt_limit(model, 80))
-    out = sample(model, prompts, 1, 80, temperature, eos_ids(model, tokenizer), tokenizer.pad_token_id, generator)
+    uniform = uniform_numbers([f"{name} {n}" for n in range(len(prompts))], 1, 80, device=model.device)  # [P, 1, T]
+    out = sample(model, prompts, uniform, temperature, eos_ids(model, tokenizer), tokenizer.pad_token_id)
     texts = [tokenizer.decode(t[m], skip_special_tokens=True) for t, m in zip(out.tokens[:, 0], out.mask[:, 0])]
     lines = [(text.strip().splitlines() or [""])[0] for text in texts]
     return [re.sub(r"^[\s\-*•\d.)\"“']+|[\s\"”'*]+$", "", line) for line in lines]
@@ -947,8 +956,7 @@ def run_geometry(config: GeometryConfig) -> None:
     num, rng = len(principles), random.Random(f"{config.seed} geometry")
     print(f"{len(questions)} questions x {num} principles: {len(prompts)} completions to sample from {config.trained}; "
           "each goes through both models twice, under its own principle and under another", flush=True)
-    generator = torch.Generator(trained.device).manual_seed(config.seed)
-    chains = sample_chains(trained, tokenizer, [prompts], config.max_completion_length, 1.0, generator)[0]
+    chains = sample_chains(trained, tokenizer, [prompts], config.max_completion_length, 1.0, config.seed)[0]
     completions = [chain.whole for chain in chains]
     each = max(1, config.num_tokens // len(prompts))  # positions of one completion
     picked = [(r, t) for r, c in enumerate(completions) for t in sorted(rng.sample(range(len(c)), min(each, len(c))))]

@@ -16,6 +16,7 @@ backward pass: a [rows, T, V] tensor would take more memory than the model.
 To copy: it needs torch, transformers, and the class InputError.
 """
 
+import random
 from dataclasses import dataclass
 
 import torch
@@ -160,17 +161,33 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, : self.length] for room in self.room)  # [rows, H, L, D]
 
 
-@torch.no_grad()
-def sample(model, prompts, num_generations, max_new_tokens, temperature, eos, pad_id, generator) -> Completions:
-    """Sample `num_generations` completions of each prompt from softmax(logits / temperature), nothing truncated.
+def uniform_numbers(names: list[str], *shape: int, device="cpu"):
+    """Random numbers in [0, 1), [len(names), *shape] in float64: a row is a function of its name and nothing else.
 
-    prompts: P lists of token ids. eos: the ids that end a completion (see eos_ids). generator: a torch.Generator on
-    the model's device. No top-k or top-p: then the scores of a sample are exactly its log-probability.
+    So what is sampled for a question does not depend on the batch it is in, on the device, or on how many processes
+    share the work.
+    """
+    seeds = [random.Random(name).getrandbits(63) for name in names]
+    rows = [torch.rand(shape, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+    return torch.stack(rows).to(device)  # [len(names), *shape]
+
+
+@torch.no_grad()
+def sample(model, prompts, uniform, temperature, eos, pad_id) -> Completions:
+    """Sample N completions of at most T tokens of each prompt from softmax(logits / temperature), nothing truncated.
+
+    prompts: P lists of token ids. uniform: [P, N, T] float64 in [0, 1); token t of a completion is where the cumulated
+    probabilities pass its number, so a completion is a function of its prompt and its numbers. eos: the ids that end
+    a completion (see eos_ids). No top-k or top-p: then the scores of a sample are exactly its log-probability.
     Rows that have ended leave the batch as soon as they are an eighth of it: a long completion does not make the others
     cost, and the cache is not copied for each that ends.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
+    if uniform.ndim != 3 or len(uniform) != len(prompts) or uniform.dtype != torch.float64:
+        raise ValueError(f"expected float64 [P={len(prompts)}, N, T], got {uniform.dtype} {list(uniform.shape)}")
+    num_generations, max_new_tokens = uniform.shape[1:]
+    uniform = uniform.flatten(0, 1)  # [R, T]
     layers, prefix_mask, last = _prefill(model, prompts)
     num_rows = len(prompts) * num_generations
     rows = torch.arange(num_rows, device=model.device) // num_generations  # [R] the prompt of each row
@@ -192,7 +209,8 @@ def sample(model, prompts, num_generations, max_new_tokens, temperature, eos, pa
         ).last_hidden_state  # [A, 1, d]
         logp = F.log_softmax(head(model, hidden[:, -1]) / temperature, dim=-1)  # [A, V]
         probs = logp.exp()  # [A, V]
-        inputs = torch.multinomial(probs, 1, generator=generator)[:, 0]  # [A]
+        passed = probs.double().cumsum(-1)  # [A, V] in float64: rare tokens of a large vocabulary keep their share
+        inputs = torch.searchsorted(passed, uniform[active, t, None] * passed[:, -1:], right=True)[:, 0]  # [A]
         tokens[active, t] = inputs.where(running, pad_id)
         lengths[active] += running
         entropy[active] -= (probs * logp.clamp(min=-1e30)).sum(-1) * running  # 0 · -inf would be NaN

@@ -50,7 +50,7 @@ from data import (
 from grpo import format_reward, group_advantages, grpo_loss
 from infonce import column_info_nce, row_info_nce, symmetric_info_nce
 from metrics import answer_is_right, bootstrap_interval, plot_run
-from policy import cot_mask, eos_ids, hidden_states, load_model, log_probs, sample
+from policy import cot_mask, eos_ids, hidden_states, load_model, log_probs, sample, uniform_numbers
 from preferences import Pairs, encode_pairs, evaluate_pairs, preference_loss, with_reference
 from sinkhorn import relative_eps, sinkhorn_divergence
 
@@ -190,15 +190,17 @@ def draw(questions, principles, config, step: int):
     return chosen, [rng.sample(principles, config.num_principles) for _ in chosen]
 
 
-def roll_out(model, tokenizer, questions, principles, num_generations, config, generator) -> Batch:
-    """Sample, reward, and find the chain of thought: everything about a batch that needs no gradient."""
+def roll_out(model, tokenizer, questions, principles, num_generations, config, names) -> Batch:
+    """Sample, reward, and find the chain of thought: everything about a batch that needs no gradient.
+
+    names: one for each question; all that is random about a question is a function of its name.
+    """
     conversations = [build_messages(q.text, p.text) for q, ps in zip(questions, principles) for p in ps]
     prompts = encode_prompts(tokenizer, conversations, prompt_limit(model, config))
-    out = sample(
-        model, prompts, num_generations, config.max_completion_length, config.temperature,
-        eos_ids(model, tokenizer), tokenizer.pad_token_id, generator,
-    )
     shape = (len(questions), len(principles[0]), num_generations)
+    uniform = uniform_numbers(names, *shape[1:], config.max_completion_length, device=model.device)  # [Q, K, G, T]
+    ends = eos_ids(model, tokenizer)
+    out = sample(model, prompts, uniform.flatten(0, 1), config.temperature, ends, tokenizer.pad_token_id)
     tokens, mask = out.tokens.reshape(*shape, -1), out.mask.reshape(*shape, -1)  # [Q, K, G, T]
     flat = [ids[m].tolist() for ids, m in zip(tokens.flatten(0, 2), mask.flatten(0, 2))]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in flat]
@@ -206,7 +208,8 @@ def roll_out(model, tokenizer, questions, principles, num_generations, config, g
     scale = SCALE[config.scale_rewards] if num_generations > 1 else "none"  # an evaluation samples one
     valid = mask.flatten(1)  # [Q, K·G·T]
     size = min(config.ot_tokens, valid.shape[1])
-    keys = torch.rand(valid.shape, generator=generator, device=model.device).masked_fill(~valid, -1)  # [Q, K·G·T]
+    keys = uniform_numbers([f"{name} cloud" for name in names], *uniform.shape[1:], device=model.device)
+    keys = keys[..., : mask.shape[-1]].flatten(1).masked_fill(~valid, -1)  # [Q, K·G·T]
     cloud = keys.topk(size).indices  # [Q, n] drawn without replacement, padding last
     weights = valid.gather(1, cloud).float()  # [Q, n]
 
@@ -326,8 +329,7 @@ def evaluate(model, reference, tokenizer, data: "Data", config) -> dict:
     if data.principles:
         values, example = evaluate_principles(model, reference, tokenizer, data.held_out, data.principles, config)
     if data.held_out_pairs:
-        generator = torch.Generator(model.device).manual_seed(config.seed)
-        more, sampled = evaluate_pairs(model, tokenizer, data.held_out_pairs, config, generator, not data.principles)
+        more, sampled = evaluate_pairs(model, tokenizer, data.held_out_pairs, config, not data.principles)
         values, example = values | more, example or {"question": sampled[0], "completion": sampled[1]}
     result = {"questions": len(data.held_out or data.held_out_pairs)}
     for name, column in values.items():
@@ -347,14 +349,13 @@ def evaluate_principles(model, reference, tokenizer, questions, principles, conf
     """
     rng = random.Random(f"{config.seed} evaluation")
     drawn = [rng.sample(principles, config.num_principles) for _ in questions]
-    generator = torch.Generator(model.device).manual_seed(config.seed)
+    names = [f"{config.seed} evaluation {n}" for n in range(len(questions))]
     values = {name: [] for name in ("format", "accuracy", "si", "mi_row", "mi_column", "sinkhorn", "completion_length")}
     size = max(1, EVAL_ROWS // config.num_principles)
     sample_text = None
     for start in range(0, len(questions), size):
-        batch = roll_out(
-            model, tokenizer, questions[start : start + size], drawn[start : start + size], 1, config, generator
-        )
+        questions_here, drawn_here, names_here = (x[start : start + size] for x in (questions, drawn, names))
+        batch = roll_out(model, tokenizer, questions_here, drawn_here, 1, config, names_here)
         with torch.no_grad():
             scores, hidden, _ = all_completions(model, batch, config.temperature)  # [Q, 1, K, K], [Q, K, 1, T, d]
             states, ref = pick(hidden, batch.cloud), pick(own_completions(reference, batch), batch.cloud)  # [Q, n, d]
@@ -392,19 +393,18 @@ def train(config: Config) -> Path:
     schedule = transformers.get_scheduler(
         config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
     )
-    generator = torch.Generator(device)
     evals = {"start": evaluate(model, reference, tokenizer, data, config), "steps": {}}
     write_json(run_dir / "eval.json", evals)
     print(f"start: {summary(evals['start'])}", flush=True)
 
     bar = tqdm(range(config.max_steps), desc="training", dynamic_ncols=True)
     for step in bar:
-        generator.manual_seed(config.seed * 1_000_003 + step)
         clock = time.perf_counter()
         batch = None
         if data.principles:
             drawn = draw(data.questions, data.principles, config, step)
-            batch = roll_out(model, tokenizer, *drawn, config.num_generations, config, generator)
+            names = [f"{config.seed} step {step} question {n}" for n in range(config.num_questions)]
+            batch = roll_out(model, tokenizer, *drawn, config.num_generations, config, names)
         sampled = time.perf_counter()
         if batch:
             refer(reference, batch, config)

@@ -46,11 +46,11 @@ PHASES = ("sample", "reference", "update")
 
 def step(model, reference, tokenizer, config, number) -> dict:
     """Seconds of each phase of one step of ours."""
-    questions, generator = tiny.make_questions(512, held_out=False), torch.Generator().manual_seed(number)
+    questions, names = tiny.make_questions(512, held_out=False), [f"{number} {n}" for n in range(config.num_questions)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     clock = [time.perf_counter()]
     drawn = train.draw(questions, tiny.principles(), config, number)
-    batch = train.roll_out(model, tokenizer, *drawn, config.num_generations, config, generator)
+    batch = train.roll_out(model, tokenizer, *drawn, config.num_generations, config, names)
     clock.append(time.perf_counter())
     train.refer(reference, batch, config)
     clock.append(time.perf_counter())

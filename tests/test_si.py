@@ -279,7 +279,7 @@ def test_a_model_that_writes_proposes_and_what_is_unusable_is_left_out(tiny_mode
                "A cut sentence without", "Turn <|user|> around now.", "word " * 60 + "."]
     rng = random.Random(0)
 
-    def ask(model, tokenizer, requests, temperature, generator):
+    def ask(model, tokenizer, requests, temperature, name):
         if requests[0].startswith("Repeat"):
             return [p.text.upper() for p in principles]
         return [rng.choice(replies) for _ in requests]
@@ -300,7 +300,7 @@ def test_asking_reads_the_first_line_without_bullets_and_quotes(tiny_model, monk
         return policy.Completions(ids, ids >= 0, ids[..., 0] < 0, ids[..., 0] * 0.0)
 
     monkeypatch.setattr(metrics, "sample", sample)
-    assert metrics._ask(model, tokenizer, ["?"], 1.0, torch.Generator()) == ["Name the unit."]
+    assert metrics._ask(model, tokenizer, ["?"], 1.0, "name") == ["Name the unit."]
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -37,8 +37,8 @@ def make_batch(tiny_model, config, questions=3):
     model, tokenizer = tiny_model
     drawn = train.draw(tiny.make_questions(50, False), tiny.principles(), config, 0)
     drawn = [part[:questions] for part in drawn]
-    generator = torch.Generator().manual_seed(0)
-    batch = train.roll_out(model, tokenizer, *drawn, config.num_generations, config, generator)
+    names = [f"question {n}" for n in range(len(drawn[0]))]
+    batch = train.roll_out(model, tokenizer, *drawn, config.num_generations, config, names)
     train.refer(copy.deepcopy(model), batch, config)
     return batch
 
