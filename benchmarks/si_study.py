@@ -53,7 +53,7 @@ SETS = {
 POOL = [text for style in STYLES.values() for text in style.texts[:2]]
 POOL += [STYLES[n].negative for n in ("plan", "goal", "conclude", "order")]
 POOL += ["Be kind.", "Think about it.", "jjw opq rst", "uuvx ab"]
-SELECTED, RANDOM_SETS = 4, 7
+SELECTED, RANDOM_SETS, CONFIRMING_SEEDS = 4, 7, 2
 VARIANTS = {"ENIGMA": [], "GRPO": ["--lambda-mi", "0", "--lambda-ot", "0"]}
 OUTCOMES = ("accuracy", "format", "reward_std", "grad_norm", "falls", "si_end", "drift")
 
@@ -157,9 +157,9 @@ def main() -> None:
     jobs = []
     for seed in range(args.seeds):  # seed by seed: a study that is stopped early has seen every set
         jobs += [(variant, name, seed) for name in SETS for variant in VARIANTS]
-        jobs += [("ENIGMA", name, seed) for name in chosen]
+        jobs += [("ENIGMA", name, seed) for name in chosen if seed < CONFIRMING_SEEDS]
     found = side_by_side(lambda v, name, seed: train(v, name, seed, files[name], args, extra), jobs, args.jobs)
-    runs = {(v, name): [found[v, name, s] for s in range(args.seeds)] for v, name, s in jobs if s == 0}
+    runs = {(v, name): [found[v, name, s] for s in range(args.seeds) if (v, name, s) in found] for v, name, _ in jobs}
     (args.output_dir / "si_study.json").write_text(
         json.dumps({"si": si, "runs": {f"{v}: {n}": r for (v, n), r in runs.items()}}, indent=1)
     )
