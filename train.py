@@ -1,7 +1,7 @@
 """ENIGMA: train a language model to reason by your principles, with no reward model and no labels.
 
     python train.py --principles principles/reasoning.txt                 # the embedded model: two minutes, no GPU
-    python train.py --principles mine.txt --model google/gemma-3-1b-it --questions mine.jsonl
+    python train.py --principles mine.txt --model google/gemma-3-1b-it --dataset mine.jsonl
     python train.py --preferences tiny                                    # InfoPO on preference pairs; or both flags
 
 One loop, one optimiser step, three terms, each a mean over questions:
@@ -38,12 +38,12 @@ from tqdm import tqdm
 
 import tiny
 from data import (
+    DatasetConfig,
     InputError,
     build_messages,
     encode_prompts,
     load_preferences,
     load_principles,
-    load_questions,
     save_principles,
     split_questions,
 )
@@ -60,13 +60,12 @@ def option(default, help, **kwargs):
 
 
 @dataclass
-class Config:
+class Config(DatasetConfig):
     """Every setting of a run, in the order of `--help`. Names that TRL has mean what they mean there."""
 
     principles: str | None = option(None, "file of principles: .txt (one a line) or .jsonl")
     preferences: str | None = option(None, "pairs: .jsonl, .parquet, .csv, a hub id, or tiny (the embedded task's)")
     model: str = option("tiny", "the embedded model, a folder, or a Hugging Face hub id")
-    questions: str | None = option(None, ".jsonl with question and, optionally, answer; else the embedded task's")
     output_dir: str | None = option(None, "new or empty; runs/<time> if not given")
     seed: int = option(0, "of everything random")
 
@@ -533,10 +532,13 @@ def load_data(model, tokenizer, config) -> Data:
                 f"--num-principles: got {config.num_principles}, and {config.principles} has {len(data.principles)} "
                 f"principles; 2 to {len(data.principles)} are accepted"
             )
-        if config.questions:
-            questions = load_questions(config.questions)
+        if config.dataset:
+            needed = config.max_steps * config.num_questions + config.eval_questions
+            questions = config.load_questions(needed, config.seed)
             data.questions, data.held_out = split_questions(questions, config.eval_questions, config.seed)
         else:
+            if config.model != "tiny":
+                print(f"--model {config.model} without --dataset: the questions are the embedded task's", flush=True)
             data.questions = tiny.make_questions(4096, False, config.seed)
             data.held_out = tiny.make_questions(config.eval_questions, True)
         check_prompts(model, tokenizer, data.principles, data.questions + data.held_out, config)
