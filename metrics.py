@@ -40,12 +40,12 @@ import transformers
 from tqdm import tqdm
 
 from data import (
+    DatasetConfig,
     InputError,
     Principle,
     build_messages,
     encode_prompts,
     load_principles,
-    load_questions,
     save_principles,
 )
 from grpo import TAGS, format_reward
@@ -400,13 +400,12 @@ def option(default, help):
 
 
 @dataclass
-class SiConfig:
+class SiConfig(DatasetConfig):
     """Measure, select and create principles, before training."""
 
     principles: str = field(metadata={"help": "file of principles: .txt (one a line) or .jsonl"})
     model: str = option("tiny", "the embedded model, a folder, or a Hugging Face hub id")
-    questions: str | None = option(None, ".jsonl with question and, optionally, answer; default: the embedded task's")
-    num_questions: int = option(128, "questions, drawn from the file; all of them where it has fewer")
+    num_questions: int = option(128, "questions, drawn from --dataset; all of them where it has fewer")
     select: int | None = option(None, "find the subset of so many principles with the highest SI of the set")
     propose: int | None = option(None, "create so many new principles, which are measured with the others")
     num_negatives: int | None = option(
@@ -875,14 +874,13 @@ HIDDEN_ROWS = 2**26  # elements of the hidden states of all layers that one forw
 
 
 @dataclass
-class GeometryConfig:
+class GeometryConfig(DatasetConfig):
     """What training did to the hidden states and to the next-token distribution, on the same tokens."""
 
     base: str = field(metadata={"help": "the model before: tiny (the embedded one), a folder, or a hub id"})
     trained: str = field(metadata={"help": "the model after, of the same shape; it writes the completions"})
     principles: str = field(metadata={"help": "file of principles: .txt (one a line) or .jsonl"})
-    questions: str | None = option(None, ".jsonl with questions; default: the embedded task's, held out")
-    num_questions: int = option(32, "questions, each under every principle; all of the file where it has fewer")
+    num_questions: int = option(32, "questions, each under every principle; all of --dataset where it has fewer")
     num_tokens: int = option(2048, "positions in completions that are compared, drawn from all")
     json: str | None = option(None, "file of all numbers; the plot over layers goes beside it, as .png")
     max_completion_length: int = option(64, "tokens; longer completions are cut")
@@ -1087,9 +1085,9 @@ def _load_questions(config):
     """--num-questions of them, of the file or of the embedded task's held-out part."""
     import tiny
 
-    if config.questions is None:
+    if config.dataset is None:
         return tiny.make_questions(config.num_questions, held_out=True, seed=config.seed)
-    questions = load_questions(config.questions)
+    questions = config.load_questions(config.num_questions, config.seed)
     return random.Random(f"{config.seed} questions").sample(questions, min(config.num_questions, len(questions)))
 
 

@@ -231,7 +231,7 @@ def test_select_writes_a_file_that_training_takes(run, tmp_path, capsys):
 def test_out_without_select_holds_all_best_first_and_a_seed_repeats(run, tmp_path):
     questions, out = tmp_path / "q.jsonl", tmp_path / "all.jsonl"
     questions.write_text("".join(json.dumps({"question": q.text}) + "\n" for q in tiny.make_questions(4, True)))
-    one, two = (run(*FEW, "--questions", str(questions), "--out", str(out)) for _ in range(2))
+    one, two = (run(*FEW, "--dataset", str(questions), "--out", str(out)) for _ in range(2))
     assert one == two and one["questions"] == 2
     assert [p.id for p in data.load_principles(out)] == [row["id"] for row in one["principles"]]
     assert "accuracy" not in one["set"], "these questions have no answers"
@@ -336,7 +336,7 @@ def test_asking_reads_the_first_line_without_bullets_and_quotes(tiny_model, monk
         (None, ["--temperature", "0"], ["--temperature", "above 0"]),
         (None, ["--max-completion-length", "600"], ["--max-completion-length", "512"]),
         (None, ["--model", "{tmp}"], ["--model", "{tmp}", "safetensors"]),
-        (None, ["--questions", "{tmp}/none.jsonl"], ["none.jsonl"]),
+        (None, ["--dataset", "{tmp}/none.jsonl"], ["none.jsonl"]),
         (None, ["--out", "{tmp}/best.txt"], ["--out", ".jsonl"]),
         (None, ["--out", "{tmp}/none/best.jsonl"], ["--out", "writable folder"]),
         (None, ["--json", "{tmp}"], ["--json", "{tmp}"]),
