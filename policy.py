@@ -162,10 +162,13 @@ def sample(model, prompts, num_generations, max_new_tokens, temperature, eos, pa
         ).last_hidden_state  # [A, 1, d]
         logp = F.log_softmax(head(model, hidden[:, -1]) / temperature, dim=-1)  # [A, V]
         probs = logp.exp()  # [A, V]
+        surprise = -(probs * logp.clamp(min=-1e30)).sum(-1)  # [A] 0 · -inf would be NaN
+        if not surprise.isfinite().all():  # before multinomial: on a GPU its own check would end CUDA for the process
+            raise FloatingPointError("the distribution of the next token is not finite")
         inputs = torch.multinomial(probs, 1, generator=generator)[:, 0]  # [A]
         tokens[active, t] = inputs
         lengths[active] += 1
-        entropy[active] -= (probs * logp.clamp(min=-1e30)).sum(-1)  # 0 · -inf would be NaN
+        entropy[active] += surprise
         ended = torch.isin(inputs, ends)  # [A]
         if ended.any():
             keep = (~ended).nonzero()[:, 0]  # [A']
