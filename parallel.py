@@ -4,9 +4,9 @@
     sum_gradients    gradient of the step = sum over processes of (their share of the batch) · (gradient of their mean)
 
 Every term of the loss is a mean over questions of what one question gives alone, and what is sampled for a question is
-a function of its name: so N processes take the step that one takes with the same batch, up to the rounding of a sum. All
-hold the whole model and take the same optimiser step; process 0 is the one that writes. With one process every function
-here is the identity, and torch.distributed is not started.
+a function of its name: so N processes take the step that one takes with the same batch, up to the rounding of a sum.
+All hold the whole model and take the same optimiser step; process 0 is the one that writes. With one process every
+function here is the identity, and torch.distributed is not started.
 """
 
 import datetime

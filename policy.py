@@ -114,15 +114,6 @@ def at_start(model, reference):
         yield reference or model
 
 
-def save(model, tokenizer, folder) -> None:
-    """Write folder/final, a model like any other; of LoRA the adapters merged, and alone in folder/adapter."""
-    if hasattr(model, "merge_and_unload"):
-        model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-        model = model.float().merge_and_unload()
-    model.save_pretrained(folder / "final")
-    tokenizer.save_pretrained(folder / "final")
-
-
 def autocast(function):
     """Run `function(model, ...)` with bfloat16 matrix products where `model.bf16` is on.
 
@@ -300,11 +291,14 @@ def sample(model, prompts, uniform, temperature, eos, pad_id) -> Completions:
         ).last_hidden_state  # [A, 1, d]
         logp = F.log_softmax(head(model, hidden[:, -1]) / temperature, dim=-1)  # [A, V]
         probs = logp.exp()  # [A, V]
+        surprise = -(probs * logp.clamp(min=-1e30)).sum(-1)  # [A] 0 · -inf would be NaN
+        if not surprise.isfinite().all():  # NaN would pick the last token, and no one would know
+            raise FloatingPointError("the distribution of the next token is not finite")
         passed = probs.double().cumsum(-1)  # [A, V] in float64: rare tokens of a large vocabulary keep their share
         inputs = torch.searchsorted(passed, uniform[active, t, None] * passed[:, -1:], right=True)[:, 0]  # [A]
         tokens[active, t] = inputs.where(running, pad_id)
         lengths[active] += running
-        entropy[active] -= (probs * logp.clamp(min=-1e30)).sum(-1) * running  # 0 · -inf would be NaN
+        entropy[active] += surprise * running
         running &= ~torch.isin(inputs, ends)  # [A]
         left = int(running.sum())
         if not left:
