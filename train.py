@@ -776,9 +776,10 @@ def resume_run(run_dir, config, model, optimizer, schedule, state: dict) -> None
                          "is its reference; that model is accepted")
     checkpoint.load(path, model, optimizer, stored)
     checkpoint.rewind(run_dir, stored)
-    before = {"last_epoch": stored["step"] - 1, "_step_count": stored["step"] + 1}
-    schedule.load_state_dict({**schedule.state_dict(), **before})
-    schedule.step()  # sets the learning rate of the next step
+    if stored["step"]:
+        before = {"last_epoch": stored["step"] - 1, "_step_count": stored["step"] + 1}
+        schedule.load_state_dict({**schedule.state_dict(), **before})
+        schedule.step()  # sets the learning rate of the next step
     changed = {name: now for name, now in state["settings"].items() if stored["settings"].get(name, now) != now}
     record = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     record["settings"] = {**asdict(config), "resume": None}
