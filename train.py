@@ -1,7 +1,7 @@
 """ENIGMA: train a language model to reason by your principles, with no reward model and no labels.
 
     python train.py --principles principles/reasoning.txt                 # the embedded model: two minutes, no GPU
-    python train.py --principles mine.txt --model google/gemma-3-1b-it --questions mine.jsonl
+    python train.py --principles mine.txt --model google/gemma-3-1b-it --dataset mine.jsonl
     python train.py --preferences tiny                                    # InfoPO on preference pairs; or both flags
 
 One loop, one optimiser step, three terms, each a mean over questions:
@@ -44,19 +44,33 @@ from tqdm import tqdm
 import checkpoint
 import tiny
 from data import (
+    DatasetConfig,
     InputError,
     build_messages,
     encode_prompts,
     load_preferences,
     load_principles,
-    load_questions,
     save_principles,
     split_questions,
 )
 from grpo import format_reward, group_advantages, grpo_loss
 from infonce import column_info_nce, row_info_nce, symmetric_info_nce
 from metrics import answer_is_right, bootstrap_interval, plot_run
-from policy import cot_mask, eos_ids, hidden_states, load_model, log_probs, sample
+from policy import (
+    LOGITS_PER_CHUNK,
+    ROWS_PER_FORWARD,
+    add_lora,
+    at_start,
+    cot_mask,
+    eos_ids,
+    forward_bytes,
+    hidden_states,
+    load_model,
+    log_probs,
+    sample,
+    save,
+    uniform_numbers,
+)
 from preferences import Pairs, encode_pairs, evaluate_pairs, preference_loss, with_reference
 from sinkhorn import relative_eps, sinkhorn_divergence
 
@@ -66,13 +80,12 @@ def option(default, help, **kwargs):
 
 
 @dataclass
-class Config:
+class Config(DatasetConfig):
     """Every setting of a run, in the order of `--help`. Names that TRL has mean what they mean there."""
 
     principles: str | None = option(None, "file of principles: .txt (one a line) or .jsonl")
     preferences: str | None = option(None, "pairs: .jsonl, .parquet, .csv, a hub id, or tiny (the embedded task's)")
     model: str = option("tiny", "the embedded model, a folder, or a Hugging Face hub id")
-    questions: str | None = option(None, ".jsonl with question and, optionally, answer; else the embedded task's")
     output_dir: str | None = option(None, "new or empty; runs/<time> if not given")
     seed: int = option(0, "of everything random")
 
@@ -91,7 +104,16 @@ class Config:
     warmup_steps: int = option(5, "steps of linear warm-up")
     weight_decay: float = option(0.0, "of AdamW")
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
-    micro_batch: int = option(4, "questions in one forward and backward pass: memory against speed, same result")
+    micro_batch: int = option(
+        256, "completions, each under one principle, in one forward and backward pass: memory against speed, same "
+        "result; without --gradient-checkpointing all of one question's pass together"
+    )
+    gradient_checkpointing: bool = option(
+        False, "make activations again in the backward pass: a third slower, and memory is that of --micro-batch "
+        "completions (up to 64), whatever K and G; prompts stay shared"
+    )
+    bf16: bool | None = option(None, "bfloat16 matrix products, float32 weights; else on a GPU only")
+    lora_rank: int = option(0, "train LoRA adapters of this rank (alpha twice it) and not the weights; 0: the weights")
 
     lambda_mi: float = option(0.012, "weight of the InfoNCE term")
     mi_temperature: float = option(1.0, "divides the scores in the InfoNCE term (not in the metrics)")
@@ -129,7 +151,8 @@ class Config:
         at_least = dict.fromkeys(
             "num_questions num_generations max_completion_length max_steps num_iterations micro_batch eval_questions "
             "ot_tokens num_pairs".split(), 1,
-        ) | {"num_principles": 2, "warmup_steps": 0, "eval_steps": 0, "seed": 0, "save_steps": 0, "save_total_limit": 1}
+        ) | {"num_principles": 2, "warmup_steps": 0, "eval_steps": 0, "seed": 0, "lora_rank": 0, "save_steps": 0,
+             "save_total_limit": 1}
         for name, low in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; {low} or more is accepted")
@@ -201,15 +224,17 @@ def draw(questions, principles, config, step: int):
     return chosen, [rng.sample(principles, config.num_principles) for _ in chosen]
 
 
-def roll_out(model, tokenizer, questions, principles, num_generations, config, generator) -> Batch:
-    """Sample, reward, and find the chain of thought: everything about a batch that needs no gradient."""
+def roll_out(model, tokenizer, questions, principles, num_generations, config, names) -> Batch:
+    """Sample, reward, and find the chain of thought: everything about a batch that needs no gradient.
+
+    names: one for each question; all that is random about a question is a function of its name.
+    """
     conversations = [build_messages(q.text, p.text) for q, ps in zip(questions, principles) for p in ps]
     prompts = encode_prompts(tokenizer, conversations, prompt_limit(model, config))
-    out = sample(
-        model, prompts, num_generations, config.max_completion_length, config.temperature,
-        eos_ids(model, tokenizer), tokenizer.pad_token_id, generator,
-    )
     shape = (len(questions), len(principles[0]), num_generations)
+    uniform = uniform_numbers(names, *shape[1:], config.max_completion_length, device=model.device)  # [Q, K, G, T]
+    ends = eos_ids(model, tokenizer)
+    out = sample(model, prompts, uniform.flatten(0, 1), config.temperature, ends, tokenizer.pad_token_id)
     tokens, mask = out.tokens.reshape(*shape, -1), out.mask.reshape(*shape, -1)  # [Q, K, G, T]
     flat = [ids[m].tolist() for ids, m in zip(tokens.flatten(0, 2), mask.flatten(0, 2))]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in flat]
@@ -217,7 +242,8 @@ def roll_out(model, tokenizer, questions, principles, num_generations, config, g
     scale = SCALE[config.scale_rewards] if num_generations > 1 else "none"  # an evaluation samples one
     valid = mask.flatten(1)  # [Q, K·G·T]
     size = min(config.ot_tokens, valid.shape[1])
-    keys = torch.rand(valid.shape, generator=generator, device=model.device).masked_fill(~valid, -1)  # [Q, K·G·T]
+    keys = uniform_numbers([f"{name} cloud" for name in names], *uniform.shape[1:], device=model.device)
+    keys = keys[..., : mask.shape[-1]].flatten(1).masked_fill(~valid, -1)  # [Q, K·G·T]
     cloud = keys.topk(size).indices  # [Q, n] drawn without replacement, padding last
     weights = valid.gather(1, cloud).float()  # [Q, n]
 
@@ -343,7 +369,7 @@ def policy_loss(one: Batch, logp, config):
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-EVAL_ROWS = 256  # completions sampled together in an evaluation
+EVAL_ROWS = 256  # completions sampled together in an evaluation, or --micro-batch where that is less
 
 
 def evaluate(model, reference, tokenizer, data: "Data", config) -> dict:
@@ -352,8 +378,7 @@ def evaluate(model, reference, tokenizer, data: "Data", config) -> dict:
     if data.principles:
         values, example = evaluate_principles(model, reference, tokenizer, data.held_out, data.principles, config)
     if data.held_out_pairs:
-        generator = torch.Generator(model.device).manual_seed(config.seed)
-        more, sampled = evaluate_pairs(model, tokenizer, data.held_out_pairs, config, generator, not data.principles)
+        more, sampled = evaluate_pairs(model, tokenizer, data.held_out_pairs, config, not data.principles)
         values, example = values | more, example or {"question": sampled[0], "completion": sampled[1]}
     result = {"questions": len(data.held_out or data.held_out_pairs)}
     for name, column in values.items():
@@ -373,17 +398,18 @@ def evaluate_principles(model, reference, tokenizer, questions, principles, conf
     """
     rng = random.Random(f"{config.seed} evaluation")
     drawn = [rng.sample(principles, config.num_principles) for _ in questions]
-    generator = torch.Generator(model.device).manual_seed(config.seed)
+    names = [f"{config.seed} evaluation {n}" for n in range(len(questions))]
     values = {name: [] for name in ("format", "accuracy", "si", "mi_row", "mi_column", "sinkhorn", "completion_length")}
-    size = max(1, EVAL_ROWS // config.num_principles)
+    size = max(1, min(EVAL_ROWS, config.micro_batch) // config.num_principles)
     sample_text = None
     for start in range(0, len(questions), size):
-        batch = roll_out(
-            model, tokenizer, questions[start : start + size], drawn[start : start + size], 1, config, generator
-        )
+        questions_here, drawn_here, names_here = (x[start : start + size] for x in (questions, drawn, names))
+        batch = roll_out(model, tokenizer, questions_here, drawn_here, 1, config, names_here)
         with torch.no_grad():
             scores, hidden, _ = all_completions(model, batch, config.temperature)  # [Q, 1, K, K], [Q, K, 1, T, d]
-            states, ref = pick(hidden, batch.cloud), pick(own_completions(reference, batch), batch.cloud)  # [Q, n, d]
+            with at_start(model, reference) as start_model:
+                ref = pick(own_completions(start_model, batch), batch.cloud)  # [Q, n, d]
+            states = pick(hidden, batch.cloud)  # [Q, n, d]
         eps = relative_eps(states, ref, config.ot_eps, batch.weights, batch.weights)  # [Q]
         ceiling = math.log(config.num_principles)
         mi_row = ceiling - row_info_nce(scores).mean((1, 2))  # [Q]
@@ -409,22 +435,27 @@ def train(config: Config) -> Path:
     """A whole run; returns its directory."""
     run_dir = choose_run_dir(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_model(str(tiny.MODEL_DIR) if config.model == "tiny" else config.model, device)
+    config.bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
+    rows = min(config.micro_batch, ROWS_PER_FORWARD) if config.gradient_checkpointing else None
+    name = str(tiny.MODEL_DIR) if config.model == "tiny" else config.model
+    model, tokenizer = load_model(name, device, config.bf16, rows)
+    state = {"step": 0, "settings": fingerprint(config), "start_sha256": checkpoint.weights_sha256(model),
+             "evals": {"start": None, "steps": {}}}  # what a checkpoint holds beside the model and the optimiser
+    if config.lora_rank:
+        model = add_lora(model, config.lora_rank, config.seed)
     data = load_data(model, tokenizer, config)
-    start_run(run_dir, config, data, device)
+    if not config.resume:
+        start_run(run_dir, config, data, device)
 
-    reference = copy.deepcopy(model).requires_grad_(False) if data.principles else None  # the policy at the start
+    print(memory_line(estimate_memory(model, tokenizer, data, config), config, device), flush=True)
+    copied = data.principles and not config.lora_rank  # else at_start knows the policy at the start, or none is needed
+    reference = copy.deepcopy(model).requires_grad_(False) if copied else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = transformers.get_scheduler(
         config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
     )
-    generator = torch.Generator(device)
-    state = {"step": 0, "settings": fingerprint(config), "start_sha256": checkpoint.weights_sha256(model),
-             "evals": {"start": None, "steps": {}}}  # what a checkpoint holds beside the model and the optimiser
     if config.resume:
         resume_run(run_dir, config, model, optimizer, schedule, state)
-    else:
-        start_run(run_dir, config, data, device)
 
     evals, streaks, batch, pairs = state["evals"], Counter(), None, None
     with stop_signals() as stopped:
@@ -436,15 +467,16 @@ def train(config: Config) -> Path:
             bar = tqdm(range(state["step"], config.max_steps), "training", config.max_steps, initial=state["step"],
                        dynamic_ncols=True)
             for step in bar:
-                generator.manual_seed(config.seed * 1_000_003 + step)
                 clock = time.perf_counter()
                 batch = None
                 if data.principles:
                     drawn = draw(data.questions, data.principles, config, step)
-                    batch = roll_out(model, tokenizer, *drawn, config.num_generations, config, generator)
+                    names = [f"{config.seed} step {step} question {n}" for n in range(config.num_questions)]
+                    batch = roll_out(model, tokenizer, *drawn, config.num_generations, config, names)
                 sampled = time.perf_counter()
                 if batch:
-                    refer(reference, batch, config)
+                    with at_start(model, reference) as start_model:
+                        refer(start_model, batch, config)
                 pairs = data.pairs and data.pairs.part(step * config.num_pairs % len(data.pairs), config.num_pairs)
                 stats, scores = update(model, optimizer, config, batch, pairs)
                 stats["learning_rate"] = schedule.get_last_lr()[0]
@@ -453,8 +485,8 @@ def train(config: Config) -> Path:
                 state["step"] = step + 1
                 shown = ("reward", "si", "loss_ot", "pair_margin", "pair_accuracy")
                 bar.set_postfix({name: f"{stats[name]:.2f}" for name in shown if name in stats})
-                for advice in advise(stats, streaks, config):
-                    bar.write(f"warning: {advice}", file=sys.stderr)
+                for line in signs_of_trouble(stats, streaks, config):
+                    bar.write(f"warning: {line}", file=sys.stderr)
                 if config.eval_steps and (step + 1) % config.eval_steps == 0 and step + 1 < config.max_steps:
                     evals["steps"][str(step + 1)] = evaluate(model, reference, tokenizer, data, config)
                     write_json(run_dir / "eval.json", evals)
@@ -469,9 +501,7 @@ def train(config: Config) -> Path:
             evals["end"] = evaluate(model, reference, tokenizer, data, config)
             write_json(run_dir / "eval.json", evals)
             plot = plot_run(run_dir)
-            with checkpoint.written_whole(run_dir / "final") as aside:
-                model.save_pretrained(aside)
-                tokenizer.save_pretrained(aside)
+            save(model, tokenizer, run_dir)
         except FloatingPointError as error:
             how = keep_failure(run_dir, error, config, data, model, optimizer, state, batch, pairs)
             raise FloatingPointError(f"{error}; {how}") from None
@@ -505,8 +535,8 @@ def update(model, optimizer, config, batch: Batch | None = None, pairs: Pairs | 
 
     Returns the means of the statistics, and the scores [Q, G, K, K] of the first pass (None without an InfoNCE term).
     """
-    parts = split(batch, len(batch.questions), config.micro_batch) if batch else []
-    pair_parts = split(pairs, len(pairs), 4 * config.micro_batch) if pairs else []
+    parts = split(batch, len(batch.questions), config.micro_batch // rows_of_a_question(config)) if batch else []
+    pair_parts = split(pairs, len(pairs), config.micro_batch // 2) if pairs else []
     passes, scores = [], []
     for iteration in range(config.num_iterations if batch else 1):
         sums = {}
@@ -528,8 +558,14 @@ def update(model, optimizer, config, batch: Batch | None = None, pairs: Pairs | 
     return stats, torch.cat(scores) if scores else None
 
 
+def rows_of_a_question(config) -> int:
+    """Completions that pass through the model with gradient: each under its own principle, or, for SAMI, under all."""
+    return config.num_principles * config.num_generations * (config.num_principles if config.lambda_mi else 1)
+
+
 def split(batch, total: int, size: int) -> list:
-    """(share of the whole, part) of each micro-batch."""
+    """(share of the whole, part) of each micro-batch of `size`, or of one where that is 0."""
+    size = max(1, size)
     return [(min(size, total - start) / total, batch.part(start, size)) for start in range(0, total, size)]
 
 
@@ -577,8 +613,8 @@ def record(run_dir, step, batch: Batch | None, stats, scores, seconds_sampling, 
 PATIENCE = 5  # steps running that a thing is so before it is said
 
 
-def advise(stats, streaks: Counter, config) -> list[str]:
-    """What the last PATIENCE steps ask to be told, each thing once; `streaks` counts how long it has been so."""
+def signs_of_trouble(stats, streaks: Counter, config) -> list[str]:
+    """What has been so for PATIENCE steps and should be known, each sign told once; `streaks` counts the steps."""
     reward, truncated = stats.get("reward", 0.0), stats.get("truncated", 0.0)
     signs = {
         f"no completion ends within {config.max_completion_length} tokens, and a cut one earns nothing; raise "
@@ -592,11 +628,11 @@ def advise(stats, streaks: Counter, config) -> list[str]:
             stats.get("sinkhorn_converged", 1.0) < 1,
     }
     told = []
-    for advice, so in signs.items():
-        streaks[advice] = streaks[advice] + 1 if so else min(0, streaks[advice])
-        if streaks[advice] == PATIENCE:
-            told.append(f"for {PATIENCE} steps running, {advice}")
-            streaks[advice] = -math.inf  # and stays there
+    for sign, so in signs.items():
+        streaks[sign] = streaks[sign] + 1 if so else min(0, streaks[sign])
+        if streaks[sign] == PATIENCE:
+            told.append(f"for {PATIENCE} steps running, {sign}")
+            streaks[sign] = -math.inf  # and stays there
     return told
 
 
@@ -670,10 +706,13 @@ def load_data(model, tokenizer, config) -> Data:
                 f"--num-principles: got {config.num_principles}, and {config.principles} has {len(data.principles)} "
                 f"principles; 2 to {len(data.principles)} are accepted"
             )
-        if config.questions:
-            questions = load_questions(config.questions)
+        if config.dataset:
+            needed = config.max_steps * config.num_questions + config.eval_questions
+            questions = config.load_questions(needed, config.seed)
             data.questions, data.held_out = split_questions(questions, config.eval_questions, config.seed)
         else:
+            if config.model != "tiny":
+                print(f"--model {config.model} without --dataset: the questions are the embedded task's", flush=True)
             data.questions = tiny.make_questions(4096, False, config.seed)
             data.held_out = tiny.make_questions(config.eval_questions, True)
         check_prompts(model, tokenizer, data.principles, data.questions + data.held_out, config)
@@ -737,7 +776,7 @@ def fingerprint(config) -> dict:
     settings = asdict(config)
     for name in ("output_dir", "save_steps", "save_total_limit", "resume"):
         del settings[name]
-    for name in ("principles", "preferences", "questions"):
+    for name in ("principles", "preferences", "dataset"):
         if settings[name] and os.path.isfile(settings[name]):
             settings[name] += f" (sha256 {checkpoint.sha256(settings[name])})"
     return settings
@@ -791,6 +830,62 @@ def resume_run(run_dir, config, model, optimizer, schedule, state: dict) -> None
     told = "".join(f"; --{name.replace('_', '-')} was {stored['settings'][name]} and is {now} from here on"
                    for name, now in changed.items())
     print(f"{run_dir}: going on after step {state['step']} of {config.max_steps}{told}", flush=True)
+
+
+def estimate_memory(model, tokenizer, data: Data, config) -> dict[str, float]:
+    """Bytes by part, were every completion --max-completion-length long (the cache is of sampling)."""
+    per_token, cache_per_token = forward_bytes(model)
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    passes, cache = [], 0  # with gradient: (completions, tokens of one, prompts, tokens of one)
+    if data.principles:
+        texts = [max((item.text for item in items), key=len) for items in (data.questions, data.principles)]
+        prompt = len(encode_prompts(tokenizer, [build_messages(*texts)])[0])
+        questions = min(config.num_questions, max(1, config.micro_batch // rows_of_a_question(config)))
+        passes.append((questions * rows_of_a_question(config), config.max_completion_length,
+                       questions * config.num_principles, prompt))
+        sampled = max(config.num_questions * config.num_principles * config.num_generations,
+                      min(EVAL_ROWS, config.micro_batch, config.eval_questions * config.num_principles))
+        cache = cache_per_token * sampled * (prompt + config.max_completion_length)
+    if data.pairs:
+        pairs = min(config.num_pairs, max(1, config.micro_batch // 2))
+        passes.append((2 * pairs, data.pairs.tokens.shape[-1], pairs, max(map(len, data.pairs.prompts))))
+    at_once = min(config.micro_batch, ROWS_PER_FORWARD) if config.gradient_checkpointing else math.inf
+    weights = sum(p.nbytes for p in model.parameters())
+    return {
+        "weights": weights,
+        "bfloat16 copies": weights / 2 if config.bf16 and not config.lora_rank else 0,
+        "gradients and optimiser": 12 * sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "reference": weights if data.principles and not config.lora_rank else 0,
+        "activations": per_token * max(min(at_once, rows) * length + prompts * prompt
+                                       for rows, length, prompts, prompt in passes),
+        "hidden states": max(3 * 4 * rows * length * width for rows, length, _, _ in passes),
+        "logits": 4 * 4 * max(min(rows * length * vocabulary, LOGITS_PER_CHUNK) for rows, length, _, _ in passes) +
+        (0 if config.lora_rank else 4 * vocabulary * width),  # and a chunk's gradient of the head's weights
+        "cache": cache,
+    }
+
+
+def memory_line(parts, config, device) -> str:
+    """The estimate on one line; on a GPU with what to do where it is more than there is."""
+    training = parts["activations"] + parts["hidden states"] + parts["logits"]
+    total = sum(parts.values()) - min(training, parts["cache"])  # the cache is gone when training begins
+    line = f"memory: about {total / 1e9:.2g} GB at most: "
+    line += ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items() if size >= 5e6)
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
+        line += f"; the GPU has {room / 1e9:.3g}"
+        if total > room:
+            line += f": it will not fit. {advice(config)}"
+    return line
+
+
+def advice(config) -> str:
+    """What to lower where memory does not suffice, what costs least first."""
+    ways = ["--bf16"] if not config.bf16 else []
+    ways += [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
+    ways += [] if config.micro_batch == 1 else [f"--micro-batch {min(ROWS_PER_FORWARD, config.micro_batch) // 2}"]
+    ways += [] if config.lora_rank else ["--lora-rank 16"]
+    return f"Try, one after the other: {', '.join([*ways, 'lower --max-completion-length, --num-generations'])}"
 
 
 def write_json(path: Path, value) -> None:
@@ -848,17 +943,21 @@ def main(argv=None) -> int:
 
     Stopped by a signal, it exits with 128 + its number, as a shell would put it.
     """
-    warnings.filterwarnings("ignore", "Sinkhorn stopped")  # `advise` says it once
+    warnings.filterwarnings("ignore", "Sinkhorn stopped")  # `signs_of_trouble` says it once
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries, where there is no network
     try:
-        train(parse(argv))
+        config = parse(argv)
+        train(config)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"error: training has broken down: {error}; a lower --learning-rate may help", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError:
+        print(f"error: the GPU's memory does not suffice. {advice(config)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped before the training began", file=sys.stderr)
