@@ -13,7 +13,7 @@ logits here, in sampling and scoring alike: a ratio or a score is about the dist
 Logits exist for a chunk of completion tokens at a time, never for prompts or padding, and are made again in the
 backward pass: a [rows, T, V] tensor would take more memory than the model.
 
-To copy: it needs torch, transformers, and the class InputError.
+To copy: it needs torch, transformers, the class InputError, and checkpoint.written_whole.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from checkpoint import written_whole
 from data import InputError
 
 LOGITS_PER_CHUNK = 2**24  # elements of the largest block of logits: 64 MB in float32
@@ -112,6 +113,17 @@ def at_start(model, reference):
     """The policy at the start of training: the frozen copy `reference`, or where that is None `model` less adapters."""
     with contextlib.nullcontext() if reference else model.disable_adapter():
         yield reference or model
+
+
+def save(model, tokenizer, folder) -> None:
+    """Write folder/final, a model like any other; of LoRA the adapters merged, and alone in folder/adapter."""
+    if hasattr(model, "merge_and_unload"):
+        with written_whole(folder / "adapter") as aside:
+            model.save_pretrained(aside, save_embedding_layers=False)
+        model = model.float().merge_and_unload()
+    with written_whole(folder / "final") as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
 
 
 def autocast(function):

@@ -68,6 +68,7 @@ from policy import (
     load_model,
     log_probs,
     sample,
+    save,
     uniform_numbers,
 )
 from preferences import Pairs, encode_pairs, evaluate_pairs, preference_loss, with_reference
@@ -438,9 +439,14 @@ def train(config: Config) -> Path:
     rows = min(config.micro_batch, ROWS_PER_FORWARD) if config.gradient_checkpointing else None
     name = str(tiny.MODEL_DIR) if config.model == "tiny" else config.model
     model, tokenizer = load_model(name, device, config.bf16, rows)
+    state = {"step": 0, "settings": fingerprint(config), "start_sha256": checkpoint.weights_sha256(model),
+             "evals": {"start": None, "steps": {}}}  # what a checkpoint holds beside the model and the optimiser
     if config.lora_rank:
         model = add_lora(model, config.lora_rank, config.seed)
     data = load_data(model, tokenizer, config)
+    if not config.resume:
+        start_run(run_dir, config, data, device)
+
     print(memory_line(estimate_memory(model, tokenizer, data, config), config, device), flush=True)
     copied = data.principles and not config.lora_rank  # else at_start knows the policy at the start, or none is needed
     reference = copy.deepcopy(model).requires_grad_(False) if copied else None
@@ -448,12 +454,8 @@ def train(config: Config) -> Path:
     schedule = transformers.get_scheduler(
         config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
     )
-    state = {"step": 0, "settings": fingerprint(config), "start_sha256": checkpoint.weights_sha256(model),
-             "evals": {"start": None, "steps": {}}}  # what a checkpoint holds beside the model and the optimiser
     if config.resume:
         resume_run(run_dir, config, model, optimizer, schedule, state)
-    else:
-        start_run(run_dir, config, data, device)
 
     evals, streaks, batch, pairs = state["evals"], Counter(), None, None
     with stop_signals() as stopped:
@@ -483,8 +485,8 @@ def train(config: Config) -> Path:
                 state["step"] = step + 1
                 shown = ("reward", "si", "loss_ot", "pair_margin", "pair_accuracy")
                 bar.set_postfix({name: f"{stats[name]:.2f}" for name in shown if name in stats})
-                for advice in advise(stats, streaks, config):
-                    bar.write(f"warning: {advice}", file=sys.stderr)
+                for line in signs_of_trouble(stats, streaks, config):
+                    bar.write(f"warning: {line}", file=sys.stderr)
                 if config.eval_steps and (step + 1) % config.eval_steps == 0 and step + 1 < config.max_steps:
                     evals["steps"][str(step + 1)] = evaluate(model, reference, tokenizer, data, config)
                     write_json(run_dir / "eval.json", evals)
@@ -499,13 +501,7 @@ def train(config: Config) -> Path:
             evals["end"] = evaluate(model, reference, tokenizer, data, config)
             write_json(run_dir / "eval.json", evals)
             plot = plot_run(run_dir)
-            if config.lora_rank:
-                with checkpoint.written_whole(run_dir / "adapter") as aside:
-                    model.save_pretrained(aside, save_embedding_layers=False)
-                model = model.float().merge_and_unload()
-            with checkpoint.written_whole(run_dir / "final") as aside:
-                model.save_pretrained(aside)
-                tokenizer.save_pretrained(aside)
+            save(model, tokenizer, run_dir)
         except FloatingPointError as error:
             how = keep_failure(run_dir, error, config, data, model, optimizer, state, batch, pairs)
             raise FloatingPointError(f"{error}; {how}") from None
@@ -617,8 +613,8 @@ def record(run_dir, step, batch: Batch | None, stats, scores, seconds_sampling, 
 PATIENCE = 5  # steps running that a thing is so before it is said
 
 
-def advise(stats, streaks: Counter, config) -> list[str]:
-    """What the last PATIENCE steps ask to be told, each thing once; `streaks` counts how long it has been so."""
+def signs_of_trouble(stats, streaks: Counter, config) -> list[str]:
+    """What has been so for PATIENCE steps and should be known, each sign told once; `streaks` counts the steps."""
     reward, truncated = stats.get("reward", 0.0), stats.get("truncated", 0.0)
     signs = {
         f"no completion ends within {config.max_completion_length} tokens, and a cut one earns nothing; raise "
@@ -632,11 +628,11 @@ def advise(stats, streaks: Counter, config) -> list[str]:
             stats.get("sinkhorn_converged", 1.0) < 1,
     }
     told = []
-    for advice, so in signs.items():
-        streaks[advice] = streaks[advice] + 1 if so else min(0, streaks[advice])
-        if streaks[advice] == PATIENCE:
-            told.append(f"for {PATIENCE} steps running, {advice}")
-            streaks[advice] = -math.inf  # and stays there
+    for sign, so in signs.items():
+        streaks[sign] = streaks[sign] + 1 if so else min(0, streaks[sign])
+        if streaks[sign] == PATIENCE:
+            told.append(f"for {PATIENCE} steps running, {sign}")
+            streaks[sign] = -math.inf  # and stays there
     return told
 
 
@@ -875,9 +871,10 @@ def resume_run(run_dir, config, model, optimizer, schedule, state: dict) -> None
                          "is its reference; that model is accepted")
     checkpoint.load(path, model, optimizer, stored)
     checkpoint.rewind(run_dir, stored)
-    before = {"last_epoch": stored["step"] - 1, "_step_count": stored["step"] + 1}
-    schedule.load_state_dict({**schedule.state_dict(), **before})
-    schedule.step()  # sets the learning rate of the next step
+    if stored["step"]:
+        before = {"last_epoch": stored["step"] - 1, "_step_count": stored["step"] + 1}
+        schedule.load_state_dict({**schedule.state_dict(), **before})
+        schedule.step()  # sets the learning rate of the next step
     changed = {name: now for name, now in state["settings"].items() if stored["settings"].get(name, now) != now}
     record = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     record["settings"] = {**asdict(config), "resume": None}
@@ -946,7 +943,7 @@ def main(argv=None) -> int:
 
     Stopped by a signal, it exits with 128 + its number, as a shell would put it.
     """
-    warnings.filterwarnings("ignore", "Sinkhorn stopped")  # `advise` says it once
+    warnings.filterwarnings("ignore", "Sinkhorn stopped")  # `signs_of_trouble` says it once
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries, where there is no network
