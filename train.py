@@ -95,6 +95,10 @@ class Config(DatasetConfig):
     num_generations: int = option(4, "G: completions of each question under each principle")
     max_completion_length: int = option(64, "tokens; longer completions are cut and earn nothing")
     temperature: float = option(1.0, "of sampling, and of every log-probability")
+    cuda_graphs: bool = option(
+        False, "sample by replaying one captured step on a GPU: faster where Python is slower than the GPU; not yet "
+        "measured, and not for models that read a value back in a step, such as mixtures of experts"
+    )
 
     max_steps: int = option(70, "batches sampled")
     num_iterations: int = option(1, "optimiser steps on each batch; above 1 the ratio leaves 1 and clipping is real")
@@ -235,7 +239,9 @@ def roll_out(model, tokenizer, questions, principles, num_generations, config, n
     shape = (len(questions), len(principles[0]), num_generations)
     uniform = uniform_numbers(names, *shape[1:], config.max_completion_length, device=model.device)  # [Q, K, G, T]
     ends = eos_ids(model, tokenizer)
-    out = sample(model, prompts, uniform.flatten(0, 1), config.temperature, ends, tokenizer.pad_token_id)
+    out = sample(
+        model, prompts, uniform.flatten(0, 1), config.temperature, ends, tokenizer.pad_token_id, config.cuda_graphs
+    )
     tokens, mask = out.tokens.reshape(*shape, -1), out.mask.reshape(*shape, -1)  # [Q, K, G, T]
     flat = [ids[m].tolist() for ids, m in zip(tokens.flatten(0, 2), mask.flatten(0, 2))]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in flat]
