@@ -5,7 +5,7 @@ Files are UTF-8 (a byte-order mark and CRLF are accepted), one item a line of up
     principles.txt      a principle; lines that start with `#` are comments
     principles.jsonl    {"principle": "Show every step.", "id": "steps", "negative": "Skip the steps."}
                         `id` and `negative` are optional, other keys refused
-    questions.jsonl     {"question": "2 + 3?", "answer": 5}      `answer` is optional, other keys ignored
+    questions.jsonl     {"question": "2 + 3?", "answer": 5}      optional answer; see load_questions
     preferences.jsonl   {"prompt": "2 + 3?", "chosen": "5", "rejected": "6"}       TRL's formats, see load_preferences
 
 The prompt is a single user message, because some chat templates refuse a system role:
@@ -19,6 +19,7 @@ To copy: the standard library is all it imports; `encode_prompts` is handed a Hu
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -30,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MAX_LINE = 1_000_000  # bytes; a longer line means that the wrong file was named
+SHUFFLE_BUFFER = 10_000  # rows of a hub data set from which the next one is drawn
 FORMAT_INSTRUCTION = "Write <reasoning>…</reasoning><answer>…</answer>."
 
 
@@ -99,23 +101,54 @@ def save_principles(path, principles):
         raise InputError(f"{_name(path)}: {wrong}; a file in a writable folder is accepted") from None
 
 
-def load_questions(path):
-    """Distinct `Question`s from a .jsonl file, in its order; of several with one text the first is kept.
+def load_questions(source, question_field=None, answer_field=None, config=None, split="train", limit=None, seed=0):
+    """Distinct `Question`s of a .jsonl, .parquet or .csv file, in its order; of several with one text the first stays.
 
-    A number as `answer` becomes its Python text: 5 -> "5", 2.50 -> "2.5".
-    Raises InputError for a file or line it cannot take, and for a file without questions.
+    Any other `source` is a data set of the hub, or a folder laid out like one, in `config` and `split`. It is streamed
+    through a shuffled buffer, and only until `limit` questions are found: of millions of rows few are downloaded. The
+    buffer holds SHUFFLE_BUFFER rows of up to ten of its files: a set that is sorted, say by task, is not drawn evenly.
+
+    Fields: `question` and `answer`, else `source` and `target` (CoT-Collection); others are ignored. The answer is
+    optional unless its field is named; a number becomes its Python text (5 -> "5", 2.50 -> "2.5"), and of GSM8K's
+    "working #### 5" the 5 is taken.
+    Raises InputError for a source or row it cannot take, and for a source without questions.
     """
-    questions = {}
-    for where, line in _lines(path, ".jsonl"):
-        row = _json_object(where, line)
-        if type(row.get("answer")) in (int, float) and abs(row["answer"]) != math.inf:  # 1e999 parses as inf
-            row["answer"] = str(row["answer"])
-        text = _text(where, row, "question")
-        answer = _text(where, row, "answer", "a non-empty string or a number") if "answer" in row else None
-        questions.setdefault(text, Question(text, answer))
+    questions, is_file = {}, Path(source).suffix.lower() in FILE_KINDS
+    for where, row in _rows(source, config, split, None if is_file else seed):
+        question = question_field or ("source" if "question" not in row and "source" in row else "question")
+        answer = answer_field or ("target" if question == "source" else "answer")
+        if type(row.get(answer)) in (int, float) and abs(row[answer]) != math.inf:  # 1e999 parses as inf
+            row[answer] = str(row[answer])
+        text, found = _text(where, row, question), None
+        if answer in row or answer_field:
+            found = _text(where, row, answer, "a non-empty string or a number")
+            found = found.rpartition("####")[2].strip() or found
+        questions.setdefault(text, Question(text, found))
+        if not is_file and len(questions) == limit:
+            break
     if not questions:
-        raise InputError(f'{_name(path)}: has no question; lines like {{"question": "2 + 3?"}} are accepted')
+        raise InputError(f'{_name(source)}: has no question; rows like {{"question": "2 + 3?"}} are accepted')
     return list(questions.values())
+
+
+def _flag(help, default=None):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class DatasetConfig:
+    """The flags that say where questions come from: train.py and metrics.py share them."""
+
+    dataset: str | None = _flag("questions: .jsonl, .parquet, .csv or a hub id; else the embedded task's")
+    dataset_config: str | None = _flag("configuration of a hub data set, such as main of openai/gsm8k")
+    dataset_train_split: str = _flag("split of a hub data set; the held-out questions are of it too", "train")
+    question_field: str | None = _flag("where it is not question or source")
+    answer_field: str | None = _flag("where it is not answer, or target beside source; optional, never rewarded")
+
+    def load_questions(self, limit, seed):
+        """See the function; `limit` is how many questions the run can use."""
+        fields = self.question_field, self.answer_field
+        return load_questions(self.dataset, *fields, self.dataset_config, self.dataset_train_split, limit, seed)
 
 
 def load_preferences(source):
@@ -268,24 +301,44 @@ def _check_conversation(where, row, field):
             _text(where, message, key)
 
 
-def _rows(source):
-    """(where, dict) of each row of a .jsonl file, or of a data set that the library `datasets` reads."""
-    if str(source).lower().endswith(".jsonl"):
+FILE_KINDS = {".jsonl": None, ".parquet": "parquet", ".csv": "csv"}  # ending -> what `datasets` calls it
+
+
+def _rows(source, config=None, split="train", seed=None):
+    """(where, dict) of each row of a .jsonl file, or of a data set that the library `datasets` reads.
+
+    With a seed a data set of the hub is streamed and shuffled. A cell without a value is left out of its row.
+    """
+    ending = Path(source).suffix.lower()
+    if ending == ".jsonl":
         for where, line in _lines(source, ".jsonl"):
             yield where, _json_object(where, line)
         return
-    import datasets  # only here: a heavy import, and not everywhere installed
-
-    kind = {".parquet": "parquet", ".csv": "csv"}.get(Path(source).suffix.lower())
     try:
-        rows = datasets.load_dataset(kind, data_files=str(source), split="train") if kind else \
-            datasets.load_dataset(str(source), split="train")
+        import datasets  # only here: a heavy import, and not everywhere installed
+    except ImportError:
+        raise InputError(f"{_name(source)}: needs the library datasets (pip install datasets); a .jsonl file is "
+                         "accepted without it") from None
+    if ending in FILE_KINDS:
+        arguments = {"path": FILE_KINDS[ending], "data_files": str(source), "split": "train"}
+    else:
+        arguments = {"path": str(source), "name": config, "split": split, "streaming": seed is not None}
+    try:
+        try:
+            rows = datasets.load_dataset(**arguments)
+        except RuntimeError as error:  # a set with a loading script, CoT-Collection among them: the hub's conversion
+            if "scripts are no longer supported" not in str(error):
+                raise
+            rows = datasets.load_dataset(**arguments, revision="refs/convert/parquet")
+        if seed is not None:
+            rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        for number, row in enumerate(rows, start=1):
+            where = f"{_name(source)}:{number}" if seed is None else f"{_name(source)}: a row"
+            yield where, {key: value for key, value in row.items() if value is not None}
     except Exception as error:  # the library raises its own, pyarrow's, the hub's and the network's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])  # choices are on the second
         raise InputError(f"{_name(source)}: {reason}; a .jsonl, .parquet or .csv file or a data set of the hub "
                          "is accepted") from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{_name(source)}:{number}", row
 
 
 def _check_principles(path, rows):

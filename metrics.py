@@ -9,6 +9,7 @@ The estimators:
     row_info[n, i]  = log K - row_info_nce(scores)[n, i]        nats; its mean over n and i is the MI estimate
     SI[i]           = max(0, mean_n row_info[n, i]) / log K      share of the principle's identity in the text
     sharper[n, i]   = log K - sum_j h(softmax(scores[n, j])[i])  h(p) = -p log p; same mean, less noise: `si` uses it
+    reach[i]        = 0.9 quantile over n of row_info[n, i] / log K   what the most telling tenth of the texts carries
     interval        = percentiles of the statistic over questions drawn with replacement (bootstrap)
 
 `scores[n, i, j]` is the log-probability under principle j of the chain of thought written under principle i to
@@ -39,12 +40,12 @@ import transformers
 from tqdm import tqdm
 
 from data import (
+    DatasetConfig,
     InputError,
     Principle,
     build_messages,
     encode_prompts,
     load_principles,
-    load_questions,
     save_principles,
 )
 from grpo import TAGS, format_reward
@@ -122,6 +123,19 @@ def sufficiency_index(scores):
     if scores.shape[-1] < 2:
         raise ValueError("sufficiency_index expects K >= 2: the identity of a single principle carries no information")
     return row_information(scores).mean(0).clamp(min=0) / math.log(scores.shape[-1])  # [K]
+
+
+def reach(scores):
+    """What the most telling tenth of the texts says of each of K principles: scores [N, K, K] -> [K], in [0, 1].
+
+    The 0.9 quantile over the N questions of row_information, as a share of log K. SI is about the average text: it is
+    low for a principle that the model rarely follows, and for one that another principle says again. Training changes
+    how often, not what can be told apart: reach is 1 for the first kind and stays low for the second. It needs tens of
+    questions. Source: our choice, and benchmarks/si_study.py shows what for.
+    """
+    _check_scores(scores)
+    ceiling = math.log(scores.isfinite().sum(-1).amax().item())  # log K, or that of the candidates: see above
+    return (ceiling - row_info_nce(scores)).double().quantile(0.9, dim=0).clamp(min=0) / ceiling  # [K]
 
 
 def bootstrap_interval(values, level: float = 0.95, resamples: int = 2000, seed: int = 0):
@@ -386,13 +400,12 @@ def option(default, help):
 
 
 @dataclass
-class SiConfig:
+class SiConfig(DatasetConfig):
     """Measure, select and create principles, before training."""
 
     principles: str = field(metadata={"help": "file of principles: .txt (one a line) or .jsonl"})
     model: str = option("tiny", "the embedded model, a folder, or a Hugging Face hub id")
-    questions: str | None = option(None, ".jsonl with question and, optionally, answer; default: the embedded task's")
-    num_questions: int = option(128, "questions, drawn from the file; all of them where it has fewer")
+    num_questions: int = option(128, "questions, drawn from --dataset; all of them where it has fewer")
     select: int | None = option(None, "find the subset of so many principles with the highest SI of the set")
     propose: int | None = option(None, "create so many new principles, which are measured with the others")
     num_negatives: int | None = option(
@@ -582,7 +595,7 @@ def summarise_si(principles, sources, questions, chains, scores, answer_logp, nu
     right = torch.tensor(
         [[answer_is_right(c.text, questions[n].answer) for c in chains[n]] for n in answered]
     ).double()  # [A, K]
-    gain = answer_gain(answer_logp[answered])  # [A, K]
+    gain, reached = answer_gain(answer_logp[answered]), reach(scores)  # [A, K], [K]
 
     def share(values):  # info -> SI: clamped after the mean over questions, never before
         return {name: max(0.0, value / ceiling) for name, value in _interval(values).items()}
@@ -591,7 +604,8 @@ def summarise_si(principles, sources, questions, chains, scores, answer_logp, nu
     for i, principle in enumerate(principles):
         row = {
             "id": principle.id, "text": principle.text, "source": sources[i], "index": i,
-            "si": share(info[:, i]), "mi": _interval(info[:, i]), "mi_row": row_mi[:, i].mean().item(),
+            "si": share(info[:, i]), "reach": reached[i].item(),
+            "mi": _interval(info[:, i]), "mi_row": row_mi[:, i].mean().item(),
             "mi_column": column[i].item(), "retrieval": hits[:, i].mean().item(),
             "mistaken_for": principles[likeliest.indices[i]].id, "mistaken_share": likeliest.values[i].item(),
             "format": shaped[:, i].mean().item(), "cot_length": lengths[:, i].mean().item(),
@@ -603,7 +617,8 @@ def summarise_si(principles, sources, questions, chains, scores, answer_logp, nu
     for row, following in itertools.pairwise(rows):
         row["overlaps_next"] = row["si"]["low"] <= following["si"]["high"]
     together = {
-        "si": share(info.mean(1)), "mi": _interval(info.mean(1)), "mi_row": row_mi.mean().item(),
+        "si": share(info.mean(1)), "reach": reached.mean().item(),
+        "mi": _interval(info.mean(1)), "mi_row": row_mi.mean().item(),
         "mi_column": column.mean().item(), "retrieval": hits.mean().item(), "format": shaped.mean().item(),
         "cot_length": lengths.mean().item(),
     }
@@ -791,17 +806,19 @@ def print_si(summary: dict, config) -> None:
 
     def line(name, row, other=""):
         cells = f"{name:{width + 9}}{_cell(row['si']):>19}{' ~' if row.get('overlaps_next') else '  '}"
-        cells += f"{row['mi_row']:8.2f}{row['mi_column']:9.2f}{row['retrieval']:7.2f}  {other:16}"
+        cells += f"{row['reach']:5.2f}{row['mi_row']:8.2f}{row['mi_column']:9.2f}{row['retrieval']:7.2f}  {other:16}"
         cells += f"{row['format']:7.2f}{row['cot_length']:8.1f}"
         print(cells + (f"{row['accuracy']:10.2f}{row['answer_gain']['mean']:+8.2f}" if answered else ""))
 
-    head = f"\n{'principle':{width + 9}}{'SI [95%]':>19}  {'row MI*':>8}{'column*':>9}{'top-1':>7}  {'mistaken for':16}"
+    head = f"\n{'principle':{width + 9}}{'SI [95%]':>19}  {'reach':>5}{'row MI*':>8}{'column*':>9}{'top-1':>7}"
+    head += f"  {'mistaken for':16}"
     print(head + f"{'format':>7}{'length':>8}" + (f"{'accuracy':>10}{'gain**':>8}" if answered else ""))
     for row in summary["principles"]:
         text = row["text"] if len(row["text"]) <= width else row["text"][: width - 1] + "…"
         line(f"{row['id'][:8]:9}{text}", row, f"{row['mistaken_for'][:9]} ({row['mistaken_share']:.2f})")
     line("the set", together)
-    print(f"{'at most log K; by chance':{width + 9}}{1:19.2f}  {summary['ceiling']:8.2f}{'':9}{summary['chance']:7.2f}")
+    bounds = f"{1:19.2f}  {1:5.2f}{summary['ceiling']:8.2f}{'':9}{summary['chance']:7.2f}"
+    print(f"{'at most log K; by chance':{width + 9}}{bounds}")
 
     print(f"\nSI {_cell(together['si'])}, MI {_cell(together['mi'])} of at most {summary['ceiling']:.2f} nats: "
           f"{summary['questions']} questions,\n{summary['chains']} chains of thought, {summary['cot_tokens']} tokens, "
@@ -815,6 +832,8 @@ def print_si(summary: dict, config) -> None:
          f"near the ceiling: {num} candidates are too few to tell more; add principles"),
         (summary["truncated"] > 0.05, f"{summary['truncated']:.0%} of completions were cut at "
                                       f"{config.max_completion_length} tokens: raise --max-completion-length"),
+        (True, "reach: the share that the most telling tenth of the texts carries. Training can make rare texts\n"
+               "  frequent; where reach is low as well, principles say the same, or nothing"),
         (True, "* log K - InfoNCE, nats, as in training. SI estimates the same share of log K from the posteriors of\n"
                "  all chains of thought, which is less noisy. The column is no bound: it may exceed the row"),
         (answered, "** nats that the principle's own chain of thought adds to the right answer, over others'"),
@@ -855,14 +874,13 @@ HIDDEN_ROWS = 2**26  # elements of the hidden states of all layers that one forw
 
 
 @dataclass
-class GeometryConfig:
+class GeometryConfig(DatasetConfig):
     """What training did to the hidden states and to the next-token distribution, on the same tokens."""
 
     base: str = field(metadata={"help": "the model before: tiny (the embedded one), a folder, or a hub id"})
     trained: str = field(metadata={"help": "the model after, of the same shape; it writes the completions"})
     principles: str = field(metadata={"help": "file of principles: .txt (one a line) or .jsonl"})
-    questions: str | None = option(None, ".jsonl with questions; default: the embedded task's, held out")
-    num_questions: int = option(32, "questions, each under every principle; all of the file where it has fewer")
+    num_questions: int = option(32, "questions, each under every principle; all of --dataset where it has fewer")
     num_tokens: int = option(2048, "positions in completions that are compared, drawn from all")
     json: str | None = option(None, "file of all numbers; the plot over layers goes beside it, as .png")
     max_completion_length: int = option(64, "tokens; longer completions are cut")
@@ -1067,9 +1085,9 @@ def _load_questions(config):
     """--num-questions of them, of the file or of the embedded task's held-out part."""
     import tiny
 
-    if config.questions is None:
+    if config.dataset is None:
         return tiny.make_questions(config.num_questions, held_out=True, seed=config.seed)
-    questions = load_questions(config.questions)
+    questions = config.load_questions(config.num_questions, config.seed)
     return random.Random(f"{config.seed} questions").sample(questions, min(config.num_questions, len(questions)))
 
 

@@ -13,9 +13,11 @@ logits here, in sampling and scoring alike: a ratio or a score is about the dist
 Logits exist for a chunk of completion tokens at a time, never for prompts or padding, and are made again in the
 backward pass: a [rows, T, V] tensor would take more memory than the model.
 
-To copy: it needs torch, transformers, and the class InputError.
+To copy: it needs torch, transformers, the class InputError, and checkpoint.written_whole.
 """
 
+import contextlib
+import functools
 import random
 from dataclasses import dataclass
 
@@ -25,13 +27,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from checkpoint import written_whole
 from data import InputError
 
 LOGITS_PER_CHUNK = 2**24  # elements of the largest block of logits: 64 MB in float32
 # Rows are sorted by length and sent so many at a time: fewer waste less on padding, more keep a GPU busy. The embedded
 # model's whole update takes .78 (GRPO) and .84 (all terms) of the time with 16 rows that it takes with 64.
-ROWS_PER_FORWARD = {"cpu": 16, "cuda": 64}
+ROWS_PER_FORWARD = 16  # on a CPU; a GPU gets four times as many
 TOKENS_PER_CHECK = 16  # `_decode_static` asks so often whether all rows have ended: the GPU idles while it answers
+PLAIN_TEMPLATE = (  # for a base model: "User: 2 + 3?\n\nAssistant:"
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
 
 
 @dataclass
@@ -51,10 +59,14 @@ class Completions:
             )
 
 
-def load_model(name: str, device):
+def load_model(name: str, device, bf16: bool = False, recompute_rows: int | None = None):
     """(model, tokenizer) of a folder or a hub id, in float32, dropout off. Raises InputError with one line.
 
     Weights only as safetensors, and no code of the repository's own: a checkpoint is data here, never a program.
+    A tokenizer without a chat template gets a plain one, and a line on stdout says so.
+
+    Two attributes of the model say how its forwards run, and change nothing else: `bf16` (see `autocast`), and
+    `recompute_rows` (see `hidden_states`).
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -71,9 +83,86 @@ def load_model(name: str, device):
         raise InputError(f"--model: {name}: its tokenizer loses {tags}; one that keeps them as text is accepted")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        print(f"--model {name} has no chat template: it is prompted by 'User: …' and 'Assistant:'", flush=True)
     model = model.to(device).eval()  # eval for good: no dropout, and the cache stays on
     check_model(model)
+    model.bf16, model.recompute_rows = bf16, recompute_rows
     return model, tokenizer
+
+
+def add_lora(model, rank: int, seed: int):
+    """The model with LoRA adapters on all linear layers but the head (a peft.PeftModel): they alone train.
+
+    alpha is twice the rank, as TRL has it; no dropout. B is 0 at first: the model is its own reference, and remains it
+    with the adapters off. The frozen weights need no bits for small updates: with `bf16` they are kept in bfloat16.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise InputError("--lora-rank: needs the library peft (pip install peft); 0 is accepted without it") from None
+    for parameter in model.parameters() if model.bf16 else ():  # the buffers are rotary frequencies: float32 they stay
+        parameter.data = parameter.data.bfloat16()
+    torch.manual_seed(seed)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=rank, lora_alpha=2 * rank)
+    return peft.get_peft_model(model, settings).eval()
+
+
+@contextlib.contextmanager
+def at_start(model, reference):
+    """The policy at the start of training: the frozen copy `reference`, or where that is None `model` less adapters."""
+    with contextlib.nullcontext() if reference else model.disable_adapter():
+        yield reference or model
+
+
+def save(model, tokenizer, folder) -> None:
+    """Write folder/final, a model like any other; of LoRA the adapters merged, and alone in folder/adapter."""
+    if hasattr(model, "merge_and_unload"):
+        with written_whole(folder / "adapter") as aside:
+            model.save_pretrained(aside, save_embedding_layers=False)
+        model = model.float().merge_and_unload()
+    with written_whole(folder / "final") as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+
+
+def autocast(function):
+    """Run `function(model, ...)` with bfloat16 matrix products where `model.bf16` is on.
+
+    Weights, gradients and optimiser stay float32. bfloat16 keeps 8 bits: next to a weight of 0.02 its nearest neighbour
+    is 1e-4 away, and AdamW's updates of the size of the learning rate, 1e-6, would be rounded away, one and all.
+    """
+
+    @functools.wraps(function)
+    def run(model, *args, **kwargs):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=getattr(model, "bf16", False)):
+            return function(model, *args, **kwargs)
+
+    return run
+
+
+def forward_bytes(model) -> tuple[float, float]:
+    """Bytes a token of a completion takes: (activations kept for the backward pass, keys and values of the cache).
+
+    Measured, for any architecture: what two forwards of different lengths have autograd save, weights aside.
+    """
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def kept(length):
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layers, _, _ = autocast(_prefill)(model, [[1] * (length + 1)])
+        kept = sum(s.nbytes() for address, s in storages.items() if address not in weights)
+        return kept, sum(keys.nbytes + values.nbytes for keys, values in layers)
+
+    (short, short_cache), (long, long_cache) = kept(16), kept(80)
+    return (long - short) / 64, (long_cache - short_cache) / 64
 
 
 def eos_ids(model, tokenizer) -> list[int]:
@@ -90,9 +179,13 @@ def eos_ids(model, tokenizer) -> list[int]:
 def head(model, hidden):
     """Logits [..., V] of hidden states [..., d], in float32 (or float64), before the temperature."""
     logits = model.get_output_embeddings()(hidden)  # [..., V]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # [..., V]
+    logits = _at_least_float32(logits)  # [..., V]
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)  # [..., V]
+
+
+def _at_least_float32(tensor):
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def check_model(model) -> None:
@@ -146,7 +239,6 @@ class _RoomyLayer(DynamicLayer):
 
     def __init__(self, keys, values, room: int):
         super().__init__()
-        keys = keys.to(values.dtype)  # [R, H, L, D] under autocast: rotation made float32 of them, attention undoes it
         self.lazy_initialization(keys, values)
         self.length, self.room = keys.shape[2], (F.pad(keys, (0, 0, 0, room)), F.pad(values, (0, 0, 0, room)))
         self.keys, self.values = keys, values  # [R, H, L, D]: the filled part of the room
@@ -182,6 +274,7 @@ def uniform_numbers(names: list[str], *shape: int, device="cpu"):
 
 
 @torch.no_grad()
+@autocast
 def sample(model, prompts, uniform, temperature, eos, pad_id, cuda_graphs: bool = False) -> Completions:
     """Sample N completions of at most T tokens of each prompt from softmax(logits / temperature), nothing truncated.
 
@@ -196,11 +289,15 @@ def sample(model, prompts, uniform, temperature, eos, pad_id, cuda_graphs: bool 
         raise ValueError(f"expected float64 [P={len(prompts)}, N, T], got {uniform.dtype} {list(uniform.shape)}")
     shape = uniform.shape[:2]
     layers, prefix_mask, last = _prefill(model, prompts)
+    if torch.is_autocast_enabled(model.device.type):  # the cache made float32 of it: not to be rounded for each token
+        layers = [tuple(states.bfloat16() for states in layer) for layer in layers]
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(shape[1])  # [R] the prompt of each row
     start = layers, rows, prefix_mask[rows], last[rows]
     ends = torch.tensor(eos, dtype=torch.long, device=model.device)  # [number of end tokens]
     decode = _decode_static if cuda_graphs else _decode
     tokens, lengths, entropy, truncated = decode(model, *start, uniform.flatten(0, 1), temperature, ends, pad_id)
+    if not entropy.isfinite().all():  # NaN picks the last token, and no one would know
+        raise FloatingPointError("the distribution of the next token is not finite")
     width = int(lengths.max())
     return Completions(
         tokens[:, :width].reshape(*shape, width),  # [P, N, T]
@@ -216,6 +313,7 @@ def _draw(model, hidden, uniform, temperature):
     probs = logp.exp()  # [A, V]
     passed = probs.double().cumsum(-1)  # [A, V] in float64: rare tokens of a large vocabulary keep their share
     token = torch.searchsorted(passed, uniform * passed[:, -1:], right=True)[:, 0]  # [A]
+    token = token.clamp(max=probs.shape[-1] - 1)  # [A] where all is NaN it fell behind the last one; `sample` raises
     return token, -(probs * logp.clamp(min=-1e30)).sum(-1)  # [A] both; 0 · -inf would be NaN
 
 
@@ -308,24 +406,31 @@ def _decode_static(model, layers, rows, mask, inputs, uniform, temperature, ends
 # Scoring
 
 
+@autocast
 def hidden_states(model, prompts, completions_tokens, mask, rows_per_forward: int | None = None):
     """Final hidden states [P, N, T, d] at the positions that predict each completion token; zero where mask is False.
 
     prompts: P lists of token ids. completion tokens and mask: [P, N, T], padded on the right (masks are prefixes).
+
+    With `model.recompute_rows` set, that many rows go through the model at a time and their activations are not kept,
+    but made again in the backward pass (which is GradCache, arXiv 2101.06983, by torch's own checkpointing): memory no
+    longer grows with P and N. The library's checkpointing is per layer, and would drop the cache of the prompts.
     """
+    recompute = getattr(model, "recompute_rows", None)
+    run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if recompute else _call
     tokens = completions_tokens
     if tokens.ndim != 3 or tokens.shape[0] != len(prompts) or mask.shape != tokens.shape:
         raise ValueError(
             f"expected tokens and mask [P={len(prompts)}, N, T], got {list(tokens.shape)} and {list(mask.shape)}"
         )
     num, per_prompt, width = tokens.shape
-    layers, prefix_mask, last = _prefill(model, prompts)
+    layers, prefix_mask, last = run(_prefill, model, prompts)
     inputs = torch.cat([last[:, None, None].expand(-1, per_prompt, 1), tokens[..., :-1]], -1)  # [P, N, T]
     inputs, lengths = inputs.reshape(-1, width), mask.sum(-1).flatten()  # [R, T], [R]
     order = lengths.argsort(descending=True, stable=True)  # [R]
-    rows_per_forward = rows_per_forward or ROWS_PER_FORWARD.get(tokens.device.type, 64)
-    blocks = []
-    for rows in order.split(rows_per_forward):
+    rows_per_forward = rows_per_forward or ROWS_PER_FORWARD * (1 if tokens.device.type == "cpu" else 4)
+
+    def forward(rows):
         length = max(int(lengths[rows[0]]), 1)  # the longest of the block
         prompt = rows // per_prompt  # [rows]
         seen = prefix_mask[prompt]  # [rows, L-1]
@@ -337,11 +442,19 @@ def hidden_states(model, prompts, completions_tokens, mask, rows_per_forward: in
             past_key_values=_copy_cache(layers, prompt),
             use_cache=True,
         ).last_hidden_state  # [rows, length, d]
-        hidden = hidden.masked_fill(~mask.flatten(0, 1)[rows, :length, None], 0)  # [rows, length, d]
-        blocks.append(F.pad(hidden, (0, 0, 0, width - length)))  # [rows, T, d]
+        hidden = _at_least_float32(hidden).masked_fill(~mask.flatten(0, 1)[rows, :length, None], 0)  # [rows, length, d]
+        return F.pad(hidden, (0, 0, 0, width - length))  # [rows, T, d]
+
+    size = min(rows_per_forward, recompute or rows_per_forward)
+    blocks = [run(forward, rows) for rows in order.split(size)]  # [rows, T, d] each
     return torch.cat(blocks).index_select(0, order.argsort()).reshape(num, per_prompt, width, -1)  # [P, N, T, d]
 
 
+def _call(function, *args):
+    return function(*args)
+
+
+@autocast
 def log_probs(model, hidden, tokens, mask, temperature, logits_per_chunk: int = LOGITS_PER_CHUNK):
     """Log-probability of each token under softmax(head(hidden) / temperature): tokens' shape, nats, 0 off the mask.
 

@@ -215,7 +215,6 @@ def test_questions_load(tmp_path):
     ("q.jsonl", '{"question": "a", "x": Infinity}', 1, ["Infinity"]),
     ("q.jsonl", '{"question": "a"}\n{"question": "b"', 2, ["column 17", "'end of line'"]),
     ("q.jsonl", "\n \n", None, ["no question", '{"question": "2 + 3?"}']),
-    ("q.csv", "a", None, ["'.csv'", ".jsonl"]),
 ])
 def test_questions_refused(tmp_path, name, content, line, parts):
     path = write(tmp_path, name, content)

@@ -194,7 +194,7 @@ def test_a_model_compared_with_itself_has_not_moved(tmp_path):
         (["--trained", "{tmp}/none"], ["--trained", "none", "safetensors"]),
         (["--base", "{tmp}/none"], ["--base", "none"]),
         (["--principles", "{tmp}/none.txt"], ["none.txt", "text file"]),
-        (["--questions", "{tmp}/none.jsonl"], ["none.jsonl"]),
+        (["--dataset", "{tmp}/none.jsonl"], ["none.jsonl"]),
         (["--num-tokens", "1"], ["--num-tokens", "got 1", "2 or more"]),
         (["--max-completion-length", "600"], ["--max-completion-length", "512"]),
         (["--json", "{tmp}/none/g.json"], ["--json", "writable folder"]),

@@ -60,6 +60,19 @@ def test_the_sharper_estimate_is_the_exact_information_of_each_input_of_a_channe
     assert (sharp.std(0) < row.std(0)).all(), "not sharper"
 
 
+def test_reach_tells_a_principle_that_is_rarely_followed_from_one_that_is_said_twice():
+    """Four principles: 0 marks every text, 1 one text in five, and 2 and 3 are the same."""
+    p = torch.zeros(4, 5)  # [K, kinds of text]: plain, and the marks of 0, 1, 2 and 3
+    p[0, 1], p[1, 0], p[1, 2], p[2:, 3] = 1, 0.8, 0.2, 1
+    scores = draw_scores((p + 1e-30).log(), 2000)
+    expected = torch.tensor([1, 1, 0.5, 0.5], dtype=torch.double)  # two that are the same leave log 4 - log 2
+    torch.testing.assert_close(metrics.reach(scores), expected, atol=1e-6, rtol=0)
+    p[1] = torch.tensor([0.95, 0, 0.05, 0, 0])  # rarer than one in ten, and plain is told from all others as well
+    p[2:] = p[0] = torch.tensor([1.0, 0, 0, 0, 0])
+    reached = metrics.reach(draw_scores((p + 1e-30).log(), 2000))
+    assert reached.max() < 0.05, reached
+
+
 def test_its_interval_covers_the_truth():
     log_p, exact = channel(4, 6)
     hits = 0
@@ -218,7 +231,7 @@ def test_select_writes_a_file_that_training_takes(run, tmp_path, capsys):
 def test_out_without_select_holds_all_best_first_and_a_seed_repeats(run, tmp_path):
     questions, out = tmp_path / "q.jsonl", tmp_path / "all.jsonl"
     questions.write_text("".join(json.dumps({"question": q.text}) + "\n" for q in tiny.make_questions(4, True)))
-    one, two = (run(*FEW, "--questions", str(questions), "--out", str(out)) for _ in range(2))
+    one, two = (run(*FEW, "--dataset", str(questions), "--out", str(out)) for _ in range(2))
     assert one == two and one["questions"] == 2
     assert [p.id for p in data.load_principles(out)] == [row["id"] for row in one["principles"]]
     assert "accuracy" not in one["set"], "these questions have no answers"
@@ -323,7 +336,7 @@ def test_asking_reads_the_first_line_without_bullets_and_quotes(tiny_model, monk
         (None, ["--temperature", "0"], ["--temperature", "above 0"]),
         (None, ["--max-completion-length", "600"], ["--max-completion-length", "512"]),
         (None, ["--model", "{tmp}"], ["--model", "{tmp}", "safetensors"]),
-        (None, ["--questions", "{tmp}/none.jsonl"], ["none.jsonl"]),
+        (None, ["--dataset", "{tmp}/none.jsonl"], ["none.jsonl"]),
         (None, ["--out", "{tmp}/best.txt"], ["--out", ".jsonl"]),
         (None, ["--out", "{tmp}/none/best.jsonl"], ["--out", "writable folder"]),
         (None, ["--json", "{tmp}"], ["--json", "{tmp}"]),

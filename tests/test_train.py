@@ -120,10 +120,10 @@ def test_the_sinkhorn_cloud_is_of_completion_tokens_only(tiny_model):
 # ------------------------------------------------------------------------------------------------ the losses
 
 
-def gradient_of(model, config, batch, micro_batch):
+def gradient_of(model, config, batch, questions_at_once):
     """The gradient that `update` steps along, and its statistics."""
     model, config = copy.deepcopy(model), copy.copy(config)
-    config.micro_batch, config.max_grad_norm = micro_batch, 1e9
+    config.micro_batch, config.max_grad_norm = questions_at_once * train.rows_of_a_question(config), 1e9
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.zero_grad = lambda: None  # `update` clears it, and here it is the result
     stats, _ = train.update(model, optimizer, config, batch)
@@ -291,7 +291,7 @@ def write(path, content):
         (None, ["--lr-scheduler-type", "sawtooth"], ["sawtooth", "cosine"]),
         (None, ["--no-such-flag", "1"], ["--no-such-flag", "--help"]),
         (None, ["--model", "{tmp}"], ["--model", "{tmp}", "safetensors"]),
-        (None, ["--questions", "{tmp}/none.jsonl"], ["none.jsonl"]),
+        (None, ["--dataset", "{tmp}/none.jsonl"], ["none.jsonl"]),
         (None, ["--output-dir", str(ROOT)], ["--output-dir", str(ROOT), "not empty"]),
         (None, ["--output-dir", "/dev/null/run"], ["/dev/null"]),
     ],
@@ -312,7 +312,7 @@ def test_bad_input_is_one_line_and_status_2(content, flags, told, tmp_path, caps
 
 def test_a_broken_line_of_questions_is_named(tmp_path, capsys):
     path = write(tmp_path / "q.jsonl", b'{"question": "1 + 1?"}\n{"question": }\n')
-    assert train.main(["--principles", PRINCIPLES, "--questions", path, "--output-dir", str(tmp_path / "run")]) == 2
+    assert train.main(["--principles", PRINCIPLES, "--dataset", path, "--output-dir", str(tmp_path / "run")]) == 2
     assert "q.jsonl:2" in capsys.readouterr().err
 
 
@@ -335,7 +335,7 @@ def test_every_option_trains(flags, tmp_path):
 def test_own_questions_without_answers_train_too(tmp_path):
     rows = [json.dumps({"question": q.text}) for q in tiny.make_questions(12, False)]
     path = write(tmp_path / "q.jsonl", "\n".join(rows).encode())
-    flags = [*SMALL, "--max-steps", "1", "--questions", path, "--output-dir", str(tmp_path / "run")]
+    flags = [*SMALL, "--max-steps", "1", "--dataset", path, "--output-dir", str(tmp_path / "run")]
     assert train.main(["--principles", PRINCIPLES, *flags]) == 0
     assert "accuracy" not in json.loads((tmp_path / "run" / "eval.json").read_text())["end"]
 
