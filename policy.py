@@ -296,7 +296,7 @@ def sample(model, prompts, uniform, temperature, eos, pad_id, cuda_graphs: bool 
     ends = torch.tensor(eos, dtype=torch.long, device=model.device)  # [number of end tokens]
     decode = _decode_static if cuda_graphs else _decode
     tokens, lengths, entropy, truncated = decode(model, *start, uniform.flatten(0, 1), temperature, ends, pad_id)
-    if not entropy.isfinite().all():  # NaN picks the last token, and no one would know
+    if not entropy.isfinite().all():
         raise FloatingPointError("the distribution of the next token is not finite")
     width = int(lengths.max())
     return Completions(
@@ -313,7 +313,7 @@ def _draw(model, hidden, uniform, temperature):
     probs = logp.exp()  # [A, V]
     passed = probs.double().cumsum(-1)  # [A, V] in float64: rare tokens of a large vocabulary keep their share
     token = torch.searchsorted(passed, uniform * passed[:, -1:], right=True)[:, 0]  # [A]
-    token = token.clamp(max=probs.shape[-1] - 1)  # [A] where all is NaN it fell behind the last one; `sample` raises
+    token = token.clamp(max=logp.shape[-1] - 1)  # [A] NaN falls behind the last: `sample` tells, once all is drawn
     return token, -(probs * logp.clamp(min=-1e30)).sum(-1)  # [A] both; 0 · -inf would be NaN
 
 
