@@ -239,7 +239,6 @@ class _RoomyLayer(DynamicLayer):
 
     def __init__(self, keys, values, room: int):
         super().__init__()
-        keys = keys.to(values.dtype)  # [R, H, L, D] under autocast: rotation made float32 of them, attention undoes it
         self.lazy_initialization(keys, values)
         self.length, self.room = keys.shape[2], (F.pad(keys, (0, 0, 0, room)), F.pad(values, (0, 0, 0, room)))
         self.keys, self.values = keys, values  # [R, H, L, D]: the filled part of the room
@@ -290,6 +289,8 @@ def sample(model, prompts, uniform, temperature, eos, pad_id, cuda_graphs: bool 
         raise ValueError(f"expected float64 [P={len(prompts)}, N, T], got {uniform.dtype} {list(uniform.shape)}")
     shape = uniform.shape[:2]
     layers, prefix_mask, last = _prefill(model, prompts)
+    if torch.is_autocast_enabled(model.device.type):  # the cache made float32 of it: not to be rounded for each token
+        layers = [tuple(states.bfloat16() for states in layer) for layer in layers]
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(shape[1])  # [R] the prompt of each row
     start = layers, rows, prefix_mask[rows], last[rows]
     ends = torch.tensor(eos, dtype=torch.long, device=model.device)  # [number of end tokens]

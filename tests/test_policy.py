@@ -235,15 +235,19 @@ def test_the_static_step_can_be_captured(name):
     assert counts[0] == counts[1], f"the step takes tensors from the host: {set(from_host)}"
 
 
-def test_decoding_under_autocast_keeps_keys_in_bfloat16():
-    """Rotation makes float32 of bfloat16 keys; attention would round all of them again for each token."""
-    model = make_model("gemma3", torch.float32)
+def test_decoding_in_bfloat16_keeps_the_cache_in_it(monkeypatch):
+    """The library's cache promotes bfloat16 values to the float32 of rotated keys; attention rounds both again."""
+    model, seen = make_model("gemma3", torch.float32), set()
+    model.bf16 = True
+    for layer in (policy._RoomyLayer, policy._FixedLayer):
+        def update(self, *args, real=layer.update):
+            out = real(self, *args)
+            seen.update((type(self).__name__, states.dtype) for states in out)
+            return out
+        monkeypatch.setattr(layer, "update", update)
     uniform = policy.uniform_numbers(["a", "b", "c"], 16, 12)  # [P, N, T]
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        (keys, values), *_ = policy._prefill(model, PROMPTS)[0]  # [P, H, L-1, D] both
-        assert (keys.dtype, values.dtype) == (torch.float32, torch.bfloat16)
-        assert policy._copy_cache([(keys, values)], torch.arange(3), room=2).layers[0].keys.dtype == torch.bfloat16
-        eager, static = (policy.sample(model, PROMPTS, uniform, 1.0, [2], 0, cuda_graphs=on) for on in (0, 1))
+    eager, static = (policy.sample(model, PROMPTS, uniform, 1.0, [2], 0, cuda_graphs=on) for on in (0, 1))
+    assert seen == {("_RoomyLayer", torch.bfloat16), ("_FixedLayer", torch.bfloat16)}
     assert (eager.tokens[..., 0] == static.tokens[..., 0]).float().mean() > 0.9
 
 
