@@ -304,7 +304,7 @@ def sample(model, prompts, uniform, temperature, eos, pad_id) -> Completions:
         logp = F.log_softmax(head(model, hidden[:, -1]) / temperature, dim=-1)  # [A, V]
         probs = logp.exp()  # [A, V]
         surprise = -(probs * logp.clamp(min=-1e30)).sum(-1)  # [A] 0 · -inf would be NaN
-        if not surprise.isfinite().all():  # else `inputs` would be no tokens
+        if not surprise.isfinite().all():  # NaN would pick the last token, and no one would know
             raise FloatingPointError("the distribution of the next token is not finite")
         passed = probs.double().cumsum(-1)  # [A, V] in float64: rare tokens of a large vocabulary keep their share
         inputs = torch.searchsorted(passed, uniform[active, t, None] * passed[:, -1:], right=True)[:, 0]  # [A]

@@ -218,7 +218,7 @@ def test_a_model_without_a_chat_template_gets_a_plain_one_and_says_so(tmp_path, 
 def make_batch(model, tokenizer, *flags):
     config = train.parse(["--principles", PRINCIPLES, *SMALL, *flags])
     drawn = train.draw(tiny.make_questions(50, False), tiny.principles(), config, 0)
-    batch = train.roll_out(model, tokenizer, *drawn, config.num_generations, config, torch.Generator().manual_seed(0))
+    batch = train.roll_out(model, tokenizer, *drawn, config.num_generations, config, [f"question {n}" for n in range(len(drawn[0]))])
     return config, batch
 
 
@@ -245,7 +245,7 @@ def test_checkpointing_and_micro_batches_below_a_question_change_no_gradient(nam
     whole, stats = gradient(model, batch, config)
     model.recompute_rows = config.micro_batch = int(micro_batch)
     parts, part_stats = gradient(model, batch, config)
-    assert whole.norm() > 0 and difference(parts, whole) < 1e-9
+    assert whole.norm() > 0 and difference(parts, whole) < 1e-8
     assert math.isclose(stats["loss"], part_stats["loss"], rel_tol=1e-6)
 
 
@@ -311,7 +311,7 @@ def test_the_estimate_of_memory_counts_what_it_says(tmp_path):
     checkpointed = [estimate("--num-generations", g, "--gradient-checkpointing", "--micro-batch", "1") for g in "48"]
     assert checkpointed[0]["activations"] == checkpointed[1]["activations"] < few["activations"] / 2
     lora = estimate(model=policy.add_lora(model, 2, 0))
-    assert lora["gradients and optimiser"] < size and "--lora-rank" not in train.advice(train.parse(["--principles", "p", "--lora-rank", "4"]))
+    assert lora["gradients and optimiser"] < size and "--lora-rank" not in train.memory_advice(train.parse(["--principles", "p", "--lora-rank", "4"]))
 
 
 def test_out_of_memory_ends_with_advice_in_one_line(tmp_path, monkeypatch, capsys):
