@@ -4,7 +4,8 @@
     python benchmarks/trl_enigma.py --steps 5 --check   # then: on the same completions, the losses of train.py
 
 It needs `pip install trl==1.16.0`. EnigmaTrainer is the part to copy, with infonce.py, sinkhorn.py, grpo.format_reward
-and policy.cot_mask; TRL brings LoRA, DDP, FSDP, DeepSpeed and vLLM. All its forwards go through the wrapped model.
+and policy.cot_mask. Its forwards all go through the wrapped model, as TRL's do. Run so far, with the embedded model:
+one process, two (DDP on CPUs), LoRA with gradient checkpointing and accumulation. Not run: FSDP, DeepSpeed, vLLM.
 
     rows     Q questions x K principles x G completions, in this order: the data set has the K prompts of a question one
              after the other, TRL repeats each G times and shuffles nothing, a process takes whole questions
