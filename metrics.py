@@ -9,6 +9,7 @@ The estimators:
     row_info[n, i]  = log K - row_info_nce(scores)[n, i]        nats; its mean over n and i is the MI estimate
     SI[i]           = max(0, mean_n row_info[n, i]) / log K      share of the principle's identity in the text
     sharper[n, i]   = log K - sum_j h(softmax(scores[n, j])[i])  h(p) = -p log p; same mean, less noise: `si` uses it
+    reach[i]        = 0.9 quantile over n of row_info[n, i] / log K   what the most telling tenth of the texts carries
     interval        = percentiles of the statistic over questions drawn with replacement (bootstrap)
 
 `scores[n, i, j]` is the log-probability under principle j of the chain of thought written under principle i to
@@ -50,7 +51,17 @@ from data import (
 )
 from grpo import TAGS, format_reward
 from infonce import column_info_nce, mi_lower_bound, row_info_nce
-from policy import LOGITS_PER_CHUNK, cot_mask, eos_ids, head, hidden_states, load_model, log_probs, sample
+from policy import (
+    LOGITS_PER_CHUNK,
+    cot_mask,
+    eos_ids,
+    head,
+    hidden_states,
+    load_model,
+    log_probs,
+    sample,
+    uniform_numbers,
+)
 from sinkhorn import relative_eps, sinkhorn_divergence
 
 
@@ -113,6 +124,19 @@ def sufficiency_index(scores):
     if scores.shape[-1] < 2:
         raise ValueError("sufficiency_index expects K >= 2: the identity of a single principle carries no information")
     return row_information(scores).mean(0).clamp(min=0) / math.log(scores.shape[-1])  # [K]
+
+
+def reach(scores):
+    """What the most telling tenth of the texts says of each of K principles: scores [N, K, K] -> [K], in [0, 1].
+
+    The 0.9 quantile over the N questions of row_information, as a share of log K. SI is about the average text: it is
+    low for a principle that the model rarely follows, and for one that another principle says again. Training changes
+    how often, not what can be told apart: reach is 1 for the first kind and stays low for the second. It needs tens of
+    questions. Source: our choice, and benchmarks/si_study.py shows what for.
+    """
+    _check_scores(scores)
+    ceiling = math.log(scores.isfinite().sum(-1).amax().item())  # log K, or that of the candidates: see above
+    return (ceiling - row_info_nce(scores)).double().quantile(0.9, dim=0).clamp(min=0) / ceiling  # [K]
 
 
 def bootstrap_interval(values, level: float = 0.95, resamples: int = 2000, seed: int = 0):
@@ -416,15 +440,15 @@ class Chain(NamedTuple):
 
 
 @torch.no_grad()
-def sample_chains(model, tokenizer, prompts, max_new_tokens, temperature, generator) -> list[list[Chain]]:
+def sample_chains(model, tokenizer, prompts, max_new_tokens, temperature, seed) -> list[list[Chain]]:
     """One completion of every prompt, no top-k and no top-p: N lists of K prompts -> N lists of K chains."""
     num, eos, chains = len(prompts[0]), eos_ids(model, tokenizer), []
     flat = [prompt for row in prompts for prompt in row]
     for start in tqdm(range(0, len(flat), SAMPLED_ROWS), desc="sampling", dynamic_ncols=True):
-        out = sample(
-            model, flat[start : start + SAMPLED_ROWS], 1, max_new_tokens, temperature, eos, tokenizer.pad_token_id,
-            generator,
-        )
+        some = flat[start : start + SAMPLED_ROWS]
+        names = [f"{seed} chain {n}" for n in range(start, start + len(some))]
+        uniform = uniform_numbers(names, 1, max_new_tokens, device=model.device)  # [P, 1, T]
+        out = sample(model, some, uniform, temperature, eos, tokenizer.pad_token_id)
         spans = cot_mask(tokenizer, out.tokens, out.mask).sum(-1)  # [P, 1]
         for row, mask, span, cut in zip(out.tokens[:, 0], out.mask[:, 0], spans[:, 0].tolist(), out.truncated[:, 0]):
             text, ids = tokenizer.decode(row[mask], skip_special_tokens=True), row[:span].tolist()
@@ -530,8 +554,7 @@ def estimate_si(model, tokenizer, principles, questions, config, sources) -> tup
         f"sequences to score; through the model go 2 x {read} tokens of prompts and at most "
         f"{rows * (negatives + 2) * config.max_completion_length} of completions", flush=True,
     )
-    generator = torch.Generator(model.device).manual_seed(config.seed)
-    chains = sample_chains(model, tokenizer, prompts, config.max_completion_length, config.temperature, generator)
+    chains = sample_chains(model, tokenizer, prompts, config.max_completion_length, config.temperature, config.seed)
     written_by = draw_candidates(num, len(questions), negatives, config.seed)  # [N, K, C]
     scores, answer_logp = score_chains(model, tokenizer, prompts, chains, answers, written_by, config.temperature)
     summary = summarise_si(principles, sources, questions, chains, scores, answer_logp, negatives + 1)
@@ -572,7 +595,7 @@ def summarise_si(principles, sources, questions, chains, scores, answer_logp, nu
     right = torch.tensor(
         [[answer_is_right(c.text, questions[n].answer) for c in chains[n]] for n in answered]
     ).double()  # [A, K]
-    gain = answer_gain(answer_logp[answered])  # [A, K]
+    gain, reached = answer_gain(answer_logp[answered]), reach(scores)  # [A, K], [K]
 
     def share(values):  # info -> SI: clamped after the mean over questions, never before
         return {name: max(0.0, value / ceiling) for name, value in _interval(values).items()}
@@ -581,7 +604,8 @@ def summarise_si(principles, sources, questions, chains, scores, answer_logp, nu
     for i, principle in enumerate(principles):
         row = {
             "id": principle.id, "text": principle.text, "source": sources[i], "index": i,
-            "si": share(info[:, i]), "mi": _interval(info[:, i]), "mi_row": row_mi[:, i].mean().item(),
+            "si": share(info[:, i]), "reach": reached[i].item(),
+            "mi": _interval(info[:, i]), "mi_row": row_mi[:, i].mean().item(),
             "mi_column": column[i].item(), "retrieval": hits[:, i].mean().item(),
             "mistaken_for": principles[likeliest.indices[i]].id, "mistaken_share": likeliest.values[i].item(),
             "format": shaped[:, i].mean().item(), "cot_length": lengths[:, i].mean().item(),
@@ -593,7 +617,8 @@ def summarise_si(principles, sources, questions, chains, scores, answer_logp, nu
     for row, following in itertools.pairwise(rows):
         row["overlaps_next"] = row["si"]["low"] <= following["si"]["high"]
     together = {
-        "si": share(info.mean(1)), "mi": _interval(info.mean(1)), "mi_row": row_mi.mean().item(),
+        "si": share(info.mean(1)), "reach": reached.mean().item(),
+        "mi": _interval(info.mean(1)), "mi_row": row_mi.mean().item(),
         "mi_column": column.mean().item(), "retrieval": hits.mean().item(), "format": shaped.mean().item(),
         "cot_length": lengths.mean().item(),
     }
@@ -680,7 +705,6 @@ def propose(model, tokenizer, principles, num: int, config) -> list[tuple[Princi
     are usable, two given texts are joined with "and". Fewer than `num` come where no more pairs exist.
     """
     rng = random.Random(f"{config.seed} propose")
-    generator = torch.Generator(model.device).manual_seed(config.seed)
     known = {_essence(p.text) for p in principles}
     ids, found = {p.id for p in principles}, []
 
@@ -692,12 +716,12 @@ def propose(model, tokenizer, principles, num: int, config) -> list[tuple[Princi
             ids.add(name)
             found.append((Principle(name, text), source))
 
-    repeated = _ask(model, tokenizer, [REPEAT.format(p.text) for p in principles], 0.01, generator)
+    repeated = _ask(model, tokenizer, [REPEAT.format(p.text) for p in principles], 0.01, f"{config.seed} repeat")
     if sum(_essence(a) == _essence(p.text) for a, p in zip(repeated, principles)) * 2 >= len(principles):
-        for _ in range(ROUNDS):
+        for turn in range(ROUNDS):
             one, two = rng.choices(principles, k=num), [rng.sample(principles, 2) for _ in range(num)]
             asked = [REWRITE.format(p.text) for p in one] + [COMBINE.format(a.text, b.text) for a, b in two]
-            texts = _ask(model, tokenizer, asked, 1.0, generator)
+            texts = _ask(model, tokenizer, asked, 1.0, f"{config.seed} round {turn}")
             labels = [(f"{p.id}*", f"{p.id} rewritten by {config.model}") for p in one]
             labels += [(f"{a.id}*{b.id}", f"{a.id} and {b.id} combined by {config.model}") for a, b in two]
             drawn = list(zip(labels, texts))
@@ -715,10 +739,11 @@ def propose(model, tokenizer, principles, num: int, config) -> list[tuple[Princi
 
 
 @torch.no_grad()
-def _ask(model, tokenizer, requests: list[str], temperature: float, generator) -> list[str]:
+def _ask(model, tokenizer, requests: list[str], temperature: float, name: str) -> list[str]:
     """The first line of the model's reply to each request, without bullets and quotes."""
     prompts = encode_prompts(tokenizer, [[{"role": "user", "content": r}] for r in requests], _prompt_limit(model, 80))
-    out = sample(model, prompts, 1, 80, temperature, eos_ids(model, tokenizer), tokenizer.pad_token_id, generator)
+    uniform = uniform_numbers([f"{name} {n}" for n in range(len(prompts))], 1, 80, device=model.device)  # [P, 1, T]
+    out = sample(model, prompts, uniform, temperature, eos_ids(model, tokenizer), tokenizer.pad_token_id)
     texts = [tokenizer.decode(t[m], skip_special_tokens=True) for t, m in zip(out.tokens[:, 0], out.mask[:, 0])]
     lines = [(text.strip().splitlines() or [""])[0] for text in texts]
     return [re.sub(r"^[\s\-*•\d.)\"“']+|[\s\"”'*]+$", "", line) for line in lines]
@@ -781,17 +806,19 @@ def print_si(summary: dict, config) -> None:
 
     def line(name, row, other=""):
         cells = f"{name:{width + 9}}{_cell(row['si']):>19}{' ~' if row.get('overlaps_next') else '  '}"
-        cells += f"{row['mi_row']:8.2f}{row['mi_column']:9.2f}{row['retrieval']:7.2f}  {other:16}"
+        cells += f"{row['reach']:5.2f}{row['mi_row']:8.2f}{row['mi_column']:9.2f}{row['retrieval']:7.2f}  {other:16}"
         cells += f"{row['format']:7.2f}{row['cot_length']:8.1f}"
         print(cells + (f"{row['accuracy']:10.2f}{row['answer_gain']['mean']:+8.2f}" if answered else ""))
 
-    head = f"\n{'principle':{width + 9}}{'SI [95%]':>19}  {'row MI*':>8}{'column*':>9}{'top-1':>7}  {'mistaken for':16}"
+    head = f"\n{'principle':{width + 9}}{'SI [95%]':>19}  {'reach':>5}{'row MI*':>8}{'column*':>9}{'top-1':>7}"
+    head += f"  {'mistaken for':16}"
     print(head + f"{'format':>7}{'length':>8}" + (f"{'accuracy':>10}{'gain**':>8}" if answered else ""))
     for row in summary["principles"]:
         text = row["text"] if len(row["text"]) <= width else row["text"][: width - 1] + "…"
         line(f"{row['id'][:8]:9}{text}", row, f"{row['mistaken_for'][:9]} ({row['mistaken_share']:.2f})")
     line("the set", together)
-    print(f"{'at most log K; by chance':{width + 9}}{1:19.2f}  {summary['ceiling']:8.2f}{'':9}{summary['chance']:7.2f}")
+    bounds = f"{1:19.2f}  {1:5.2f}{summary['ceiling']:8.2f}{'':9}{summary['chance']:7.2f}"
+    print(f"{'at most log K; by chance':{width + 9}}{bounds}")
 
     print(f"\nSI {_cell(together['si'])}, MI {_cell(together['mi'])} of at most {summary['ceiling']:.2f} nats: "
           f"{summary['questions']} questions,\n{summary['chains']} chains of thought, {summary['cot_tokens']} tokens, "
@@ -805,6 +832,8 @@ def print_si(summary: dict, config) -> None:
          f"near the ceiling: {num} candidates are too few to tell more; add principles"),
         (summary["truncated"] > 0.05, f"{summary['truncated']:.0%} of completions were cut at "
                                       f"{config.max_completion_length} tokens: raise --max-completion-length"),
+        (True, "reach: the share that the most telling tenth of the texts carries. Training can make rare texts\n"
+               "  frequent; where reach is low as well, principles say the same, or nothing"),
         (True, "* log K - InfoNCE, nats, as in training. SI estimates the same share of log K from the posteriors of\n"
                "  all chains of thought, which is less noisy. The column is no bound: it may exceed the row"),
         (answered, "** nats that the principle's own chain of thought adds to the right answer, over others'"),
@@ -946,8 +975,7 @@ def run_geometry(config: GeometryConfig) -> None:
     num, rng = len(principles), random.Random(f"{config.seed} geometry")
     print(f"{len(questions)} questions x {num} principles: {len(prompts)} completions to sample from {config.trained}; "
           "each goes through both models twice, under its own principle and under another", flush=True)
-    generator = torch.Generator(trained.device).manual_seed(config.seed)
-    chains = sample_chains(trained, tokenizer, [prompts], config.max_completion_length, 1.0, generator)[0]
+    chains = sample_chains(trained, tokenizer, [prompts], config.max_completion_length, 1.0, config.seed)[0]
     completions = [chain.whole for chain in chains]
     each = max(1, config.num_tokens // len(prompts))  # positions of one completion
     picked = [(r, t) for r, c in enumerate(completions) for t in sorted(rng.sample(range(len(c)), min(each, len(c))))]

@@ -15,7 +15,7 @@ from data import encode_preferences, render
 from grpo import format_reward
 from infopo import dpo_loss, infopo_loss, sequence_logp
 from metrics import answer_is_right
-from policy import eos_ids, hidden_states, log_probs, sample
+from policy import eos_ids, hidden_states, log_probs, sample, uniform_numbers
 
 LOSSES = {"infopo": infopo_loss, "dpo": dpo_loss}
 DEFAULT_BETA = 0.1  # the best of benchmarks/preference.py, for InfoPO and within noise for DPO
@@ -94,7 +94,7 @@ def preference_loss(model, pairs: Pairs, config):
 
 
 @torch.no_grad()
-def evaluate_pairs(model, tokenizer, pairs: Pairs, config, generator, sampled: bool) -> tuple[dict, tuple | None]:
+def evaluate_pairs(model, tokenizer, pairs: Pairs, config, sampled: bool) -> tuple[dict, tuple | None]:
     """(values [P] by name, example); if `sampled`, with format and accuracy of a completion of each prompt.
 
     pair_margin is in nats of log-ratio, whatever the loss and beta; pair_accuracy says whether it is positive;
@@ -114,9 +114,9 @@ def evaluate_pairs(model, tokenizer, pairs: Pairs, config, generator, sampled: b
     texts, end = [], eos_ids(model, tokenizer)
     for start in range(0, len(pairs), 8 * PAIRS_PER_FORWARD):
         prompts = pairs.prompts[start : start + 8 * PAIRS_PER_FORWARD]
-        out = sample(
-            model, prompts, 1, config.max_completion_length, config.temperature, end, tokenizer.pad_token_id, generator
-        )
+        names = [f"{config.seed} evaluation {n}" for n in range(start, start + len(prompts))]
+        uniform = uniform_numbers(names, 1, config.max_completion_length, device=model.device)  # [P, 1, T]
+        out = sample(model, prompts, uniform, config.temperature, end, tokenizer.pad_token_id)
         texts += [tokenizer.decode(t[m], skip_special_tokens=True) for t, m in zip(out.tokens[:, 0], out.mask[:, 0])]
     values["format"] = torch.tensor([format_reward(text) for text in texts])  # [P]
     right = [float(answer_is_right(t, a)) for t, a in zip(texts, pairs.answers) if a is not None]

@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from data import InputError, Preference, Principle, Question, build_messages, encode_prompts
 from grpo import format_reward
 from metrics import answer_is_right, sufficiency_index
-from policy import cot_mask, eos_ids, hidden_states, log_probs, sample
+from policy import cot_mask, eos_ids, hidden_states, log_probs, sample, uniform_numbers
 
 MODEL_DIR = Path(__file__).resolve().parent / "tiny-model"
 GUESS = 0.35
@@ -381,12 +381,13 @@ def measure(model, tokenizer, num_questions: int, seed: int = 0) -> dict:
     with torch.no_grad():
         ids, mask, labels = encode_examples(tokenizer, random.Random(seed), 256, held_out=True)
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss.item()
-    questions, generator = make_questions(num_questions, held_out=True, seed=seed), torch.Generator().manual_seed(seed)
+    questions = make_questions(num_questions, held_out=True, seed=seed)
     texts, scores, num = [], [], len(STYLES)
     for start in range(0, num_questions, 32):
         some = questions[start : start + 32]  # Q of them: K prompts each, a completion of each, scored under all K
         prompts = encode_prompts(tokenizer, [build_messages(q.text, p.text) for q in some for p in principles()])
-        out = sample(model, prompts, 1, 64, 1.0, eos_ids(model, tokenizer), tokenizer.pad_token_id, generator)
+        uniform = uniform_numbers([f"{seed} {start} {n}" for n in range(len(prompts))], 1, 64)  # [Q·K, 1, T]
+        out = sample(model, prompts, uniform, 1.0, eos_ids(model, tokenizer), tokenizer.pad_token_id)
         texts += [tokenizer.decode(t[m], skip_special_tokens=True) for t, m in zip(out.tokens, out.mask)]
         span = cot_mask(tokenizer, out.tokens, out.mask)  # [Q·K, 1, T]
         tokens, span = (  # [Q·K, K, T] both

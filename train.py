@@ -25,9 +25,12 @@ import math
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -35,8 +38,10 @@ from typing import Literal
 import huggingface_hub
 import torch
 import transformers
+from safetensors import SafetensorError
 from tqdm import tqdm
 
+import checkpoint
 import tiny
 from data import (
     DatasetConfig,
@@ -52,7 +57,21 @@ from data import (
 from grpo import format_reward, group_advantages, grpo_loss
 from infonce import column_info_nce, row_info_nce, symmetric_info_nce
 from metrics import answer_is_right, bootstrap_interval, plot_run
-from policy import cot_mask, eos_ids, hidden_states, load_model, log_probs, sample
+from policy import (
+    LOGITS_PER_CHUNK,
+    ROWS_PER_FORWARD,
+    add_lora,
+    at_start,
+    cot_mask,
+    eos_ids,
+    forward_bytes,
+    hidden_states,
+    load_model,
+    log_probs,
+    sample,
+    save,
+    uniform_numbers,
+)
 from preferences import Pairs, encode_pairs, evaluate_pairs, preference_loss, with_reference
 from sinkhorn import relative_eps, sinkhorn_divergence
 
@@ -86,7 +105,16 @@ class Config(DatasetConfig):
     warmup_steps: int = option(5, "steps of linear warm-up")
     weight_decay: float = option(0.0, "of AdamW")
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
-    micro_batch: int = option(4, "questions in one forward and backward pass: memory against speed, same result")
+    micro_batch: int = option(
+        256, "completions, each under one principle, in one forward and backward pass: memory against speed, same "
+        "result; without --gradient-checkpointing all of one question's pass together"
+    )
+    gradient_checkpointing: bool = option(
+        False, "make activations again in the backward pass: a third slower, and memory is that of --micro-batch "
+        "completions (up to 64), whatever K and G; prompts stay shared"
+    )
+    bf16: bool | None = option(None, "bfloat16 matrix products, float32 weights; else on a GPU only")
+    lora_rank: int = option(0, "train LoRA adapters of this rank (alpha twice it) and not the weights; 0: the weights")
 
     lambda_mi: float = option(0.012, "weight of the InfoNCE term")
     mi_temperature: float = option(1.0, "divides the scores in the InfoNCE term (not in the metrics)")
@@ -110,6 +138,11 @@ class Config(DatasetConfig):
     eval_steps: int = option(35, "evaluate every so many steps; 0: only before and after")
     eval_questions: int = option(128, "held-out questions in an evaluation")
 
+    save_steps: int = option(0, "write a checkpoint every so many steps; 0: only when stopped by Ctrl-C or SIGTERM")
+    save_total_limit: int | None = option(None, "keep only so many of the newest checkpoints")
+    resume: str | None = option(
+        None, "go on with a run: its directory, one of its checkpoints, or latest; other flags change its settings")
+
     def check(self) -> None:
         """Raises InputError for the first value that cannot be; settles defaults that depend on the kind of run."""
         check_flags(self)
@@ -120,9 +153,10 @@ class Config(DatasetConfig):
         at_least = dict.fromkeys(
             "num_questions num_generations max_completion_length max_steps num_iterations micro_batch eval_questions "
             "ot_tokens num_pairs".split(), 1,
-        ) | {"num_principles": 2, "warmup_steps": 0, "eval_steps": 0, "seed": 0}
+        ) | {"num_principles": 2, "warmup_steps": 0, "eval_steps": 0, "seed": 0, "lora_rank": 0, "save_steps": 0,
+             "save_total_limit": 1}
         for name, low in at_least.items():
-            if getattr(self, name) < low:
+            if getattr(self, name) is not None and getattr(self, name) < low:
                 raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; {low} or more is accepted")
         for name in "learning_rate temperature max_grad_norm mi_temperature ot_eps".split():
             if not 1e-9 <= getattr(self, name) <= 1e9:  # far outside, float32 would make 0 or inf of it
@@ -195,15 +229,17 @@ def draw(questions, principles, config, step: int):
     return chosen, [rng.sample(principles, config.num_principles) for _ in chosen]
 
 
-def roll_out(model, tokenizer, questions, principles, num_generations, config, generator) -> Batch:
-    """Sample, reward, and find the chain of thought: everything about a batch that needs no gradient."""
+def roll_out(model, tokenizer, questions, principles, num_generations, config, names) -> Batch:
+    """Sample, reward, and find the chain of thought: everything about a batch that needs no gradient.
+
+    names: one for each question; all that is random about a question is a function of its name.
+    """
     conversations = [build_messages(q.text, p.text) for q, ps in zip(questions, principles) for p in ps]
     prompts = encode_prompts(tokenizer, conversations, prompt_limit(model, config))
-    out = sample(
-        model, prompts, num_generations, config.max_completion_length, config.temperature,
-        eos_ids(model, tokenizer), tokenizer.pad_token_id, generator,
-    )
     shape = (len(questions), len(principles[0]), num_generations)
+    uniform = uniform_numbers(names, *shape[1:], config.max_completion_length, device=model.device)  # [Q, K, G, T]
+    ends = eos_ids(model, tokenizer)
+    out = sample(model, prompts, uniform.flatten(0, 1), config.temperature, ends, tokenizer.pad_token_id)
     tokens, mask = out.tokens.reshape(*shape, -1), out.mask.reshape(*shape, -1)  # [Q, K, G, T]
     flat = [ids[m].tolist() for ids, m in zip(tokens.flatten(0, 2), mask.flatten(0, 2))]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in flat]
@@ -211,7 +247,8 @@ def roll_out(model, tokenizer, questions, principles, num_generations, config, g
     scale = SCALE[config.scale_rewards] if num_generations > 1 else "none"  # an evaluation samples one
     valid = mask.flatten(1)  # [Q, K·G·T]
     size = min(config.ot_tokens, valid.shape[1])
-    keys = torch.rand(valid.shape, generator=generator, device=model.device).masked_fill(~valid, -1)  # [Q, K·G·T]
+    keys = uniform_numbers([f"{name} cloud" for name in names], *uniform.shape[1:], device=model.device)
+    keys = keys[..., : mask.shape[-1]].flatten(1).masked_fill(~valid, -1)  # [Q, K·G·T]
     cloud = keys.topk(size).indices  # [Q, n] drawn without replacement, padding last
     weights = valid.gather(1, cloud).float()  # [Q, n]
 
@@ -277,18 +314,30 @@ def pick(hidden, cloud):
 # The three losses
 
 
+class NotFinite(FloatingPointError):
+    """What is not a finite number, and the terms of the loss as far as they are known."""
+
+    def __init__(self, what: str, terms: dict):
+        super().__init__(what)
+        self.terms = {name: float(torch.as_tensor(value).detach()) for name, value in terms.items()}
+
+
 def losses(model, batch: Batch, config):
     """(loss, statistics by name, scores) of the questions of a batch: means over questions of what each gives alone."""
     stats = {}
     if config.lambda_mi:
         scores, hidden, logp = all_completions(model, batch, config.temperature)
-        stats["loss_mi"] = symmetric_info_nce(scores / config.mi_temperature)  # []
-        stats["mi_row"] = math.log(scores.shape[-1]) - row_info_nce(scores).mean()  # []
-        stats["mi_column"] = math.log(scores.shape[-1]) - column_info_nce(scores).mean()  # []
     else:
         scores, hidden = None, own_completions(model, batch)  # [Q, K, G, T, d]
         logp = log_probs(model, hidden, batch.tokens, batch.mask, config.temperature)  # [Q, K, G, T]
 
+    for name, values in (("log-probability", logp), ("score", scores)):
+        if values is not None and not values.isfinite().all():
+            raise NotFinite(f"a {name} is not finite", stats)
+    if config.lambda_mi:
+        stats["loss_mi"] = symmetric_info_nce(scores / config.mi_temperature)  # []
+        stats["mi_row"] = math.log(scores.shape[-1]) - row_info_nce(scores).mean()  # []
+        stats["mi_column"] = math.log(scores.shape[-1]) - column_info_nce(scores).mean()  # []
     if batch.old_logp is None:  # the first pass is on-policy: the ratio is exactly 1, its gradient is not 0
         batch.old_logp = logp.detach()
     by_question = [policy_loss(batch.part(q, 1), logp[q], config) for q in range(len(batch.questions))]
@@ -298,11 +347,15 @@ def losses(model, batch: Batch, config):
 
     if config.lambda_ot:
         states = pick(hidden, batch.cloud)  # [Q, n, d]
-        eps = relative_eps(states, batch.ref_cloud, config.ot_eps, batch.weights, batch.weights)  # [Q]
-        value, info = sinkhorn_divergence(states, batch.ref_cloud, eps, batch.weights, batch.weights)
+        try:
+            eps = relative_eps(states, batch.ref_cloud, config.ot_eps, batch.weights, batch.weights)  # [Q]
+            value, info = sinkhorn_divergence(states, batch.ref_cloud, eps, batch.weights, batch.weights)
+        except ValueError as error:  # hidden states so large that their distances overflow
+            raise NotFinite(f"the Sinkhorn term: {error}", stats) from None
         stats["loss_ot"] = value.mean()  # []
         stats["sinkhorn_iterations"] = info.iterations
         stats["sinkhorn_error"] = info.marginal_error.max()  # []
+        stats["sinkhorn_converged"] = info.converged
     weighted = {"loss_mi": config.lambda_mi, "loss_ot": config.lambda_ot}
     loss = stats["loss_grpo"] + sum(weight * stats[name] for name, weight in weighted.items() if weight)  # []
     return loss, stats, scores
@@ -322,7 +375,7 @@ def policy_loss(one: Batch, logp, config):
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-EVAL_ROWS = 256  # completions sampled together in an evaluation
+EVAL_ROWS = 256  # completions sampled together in an evaluation, or --micro-batch where that is less
 
 
 def evaluate(model, reference, tokenizer, data: "Data", config) -> dict:
@@ -331,8 +384,7 @@ def evaluate(model, reference, tokenizer, data: "Data", config) -> dict:
     if data.principles:
         values, example = evaluate_principles(model, reference, tokenizer, data.held_out, data.principles, config)
     if data.held_out_pairs:
-        generator = torch.Generator(model.device).manual_seed(config.seed)
-        more, sampled = evaluate_pairs(model, tokenizer, data.held_out_pairs, config, generator, not data.principles)
+        more, sampled = evaluate_pairs(model, tokenizer, data.held_out_pairs, config, not data.principles)
         values, example = values | more, example or {"question": sampled[0], "completion": sampled[1]}
     result = {"questions": len(data.held_out or data.held_out_pairs)}
     for name, column in values.items():
@@ -352,17 +404,18 @@ def evaluate_principles(model, reference, tokenizer, questions, principles, conf
     """
     rng = random.Random(f"{config.seed} evaluation")
     drawn = [rng.sample(principles, config.num_principles) for _ in questions]
-    generator = torch.Generator(model.device).manual_seed(config.seed)
+    names = [f"{config.seed} evaluation {n}" for n in range(len(questions))]
     values = {name: [] for name in ("format", "accuracy", "si", "mi_row", "mi_column", "sinkhorn", "completion_length")}
-    size = max(1, EVAL_ROWS // config.num_principles)
+    size = max(1, min(EVAL_ROWS, config.micro_batch) // config.num_principles)
     sample_text = None
     for start in range(0, len(questions), size):
-        batch = roll_out(
-            model, tokenizer, questions[start : start + size], drawn[start : start + size], 1, config, generator
-        )
+        questions_here, drawn_here, names_here = (x[start : start + size] for x in (questions, drawn, names))
+        batch = roll_out(model, tokenizer, questions_here, drawn_here, 1, config, names_here)
         with torch.no_grad():
             scores, hidden, _ = all_completions(model, batch, config.temperature)  # [Q, 1, K, K], [Q, K, 1, T, d]
-            states, ref = pick(hidden, batch.cloud), pick(own_completions(reference, batch), batch.cloud)  # [Q, n, d]
+            with at_start(model, reference) as start_model:
+                ref = pick(own_completions(start_model, batch), batch.cloud)  # [Q, n, d]
+            states = pick(hidden, batch.cloud)  # [Q, n, d]
         eps = relative_eps(states, ref, config.ot_eps, batch.weights, batch.weights)  # [Q]
         ceiling = math.log(config.num_principles)
         mi_row = ceiling - row_info_nce(scores).mean((1, 2))  # [Q]
@@ -388,49 +441,99 @@ def train(config: Config) -> Path:
     """A whole run; returns its directory."""
     run_dir = choose_run_dir(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_model(str(tiny.MODEL_DIR) if config.model == "tiny" else config.model, device)
+    config.bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
+    rows = min(config.micro_batch, ROWS_PER_FORWARD) if config.gradient_checkpointing else None
+    name = str(tiny.MODEL_DIR) if config.model == "tiny" else config.model
+    model, tokenizer = load_model(name, device, config.bf16, rows)
+    state = {"step": 0, "settings": fingerprint(config), "start_sha256": checkpoint.weights_sha256(model),
+             "evals": {"start": None, "steps": {}}}  # what a checkpoint holds beside the model and the optimiser
+    if config.lora_rank:
+        model = add_lora(model, config.lora_rank, config.seed)
     data = load_data(model, tokenizer, config)
-    start_run(run_dir, config, data, device)
+    if not config.resume:
+        start_run(run_dir, config, data, device)
 
-    reference = copy.deepcopy(model).requires_grad_(False) if data.principles else None  # the policy at the start
+    print(memory_line(estimate_memory(model, tokenizer, data, config), config, device), flush=True)
+    copied = data.principles and not config.lora_rank  # else at_start knows the policy at the start, or none is needed
+    reference = copy.deepcopy(model).requires_grad_(False) if copied else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = transformers.get_scheduler(
         config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
     )
-    generator = torch.Generator(device)
-    evals = {"start": evaluate(model, reference, tokenizer, data, config), "steps": {}}
-    write_json(run_dir / "eval.json", evals)
-    print(f"start: {summary(evals['start'])}", flush=True)
+    if config.resume:
+        resume_run(run_dir, config, model, optimizer, schedule, state)
 
-    bar = tqdm(range(config.max_steps), desc="training", dynamic_ncols=True)
-    for step in bar:
-        generator.manual_seed(config.seed * 1_000_003 + step)
-        clock = time.perf_counter()
-        batch = None
-        if data.principles:
-            drawn = draw(data.questions, data.principles, config, step)
-            batch = roll_out(model, tokenizer, *drawn, config.num_generations, config, generator)
-        sampled = time.perf_counter()
-        if batch:
-            refer(reference, batch, config)
-        pairs = data.pairs and data.pairs.part(step * config.num_pairs % len(data.pairs), config.num_pairs)
-        stats, scores = update(model, optimizer, config, batch, pairs)
-        stats["learning_rate"] = schedule.get_last_lr()[0]
-        schedule.step()
-        record(run_dir, step, batch, stats, scores, sampled - clock, time.perf_counter() - sampled)
-        shown = ("reward", "si", "loss_ot", "pair_margin", "pair_accuracy")
-        bar.set_postfix({name: f"{stats[name]:.2f}" for name in shown if name in stats})
-        if config.eval_steps and (step + 1) % config.eval_steps == 0 and step + 1 < config.max_steps:
-            evals["steps"][step + 1] = evaluate(model, reference, tokenizer, data, config)
+    evals, streaks, batch, pairs = state["evals"], Counter(), None, None
+    with stop_signals() as stopped:
+        try:
+            if not evals["start"]:
+                evals["start"] = evaluate(model, reference, tokenizer, data, config)
             write_json(run_dir / "eval.json", evals)
-            bar.write(f"step {step + 1}: {summary(evals['steps'][step + 1])}")
+            print(f"start: {summary(evals['start'])}", flush=True)
+            bar = tqdm(range(state["step"], config.max_steps), "training", config.max_steps, initial=state["step"],
+                       dynamic_ncols=True)
+            for step in bar:
+                clock = time.perf_counter()
+                batch = None
+                if data.principles:
+                    drawn = draw(data.questions, data.principles, config, step)
+                    names = [f"{config.seed} step {step} question {n}" for n in range(config.num_questions)]
+                    batch = roll_out(model, tokenizer, *drawn, config.num_generations, config, names)
+                sampled = time.perf_counter()
+                if batch:
+                    with at_start(model, reference) as start_model:
+                        refer(start_model, batch, config)
+                pairs = data.pairs and data.pairs.part(step * config.num_pairs % len(data.pairs), config.num_pairs)
+                stats, scores = update(model, optimizer, config, batch, pairs)
+                stats["learning_rate"] = schedule.get_last_lr()[0]
+                schedule.step()
+                record(run_dir, step, batch, stats, scores, sampled - clock, time.perf_counter() - sampled)
+                state["step"] = step + 1
+                shown = ("reward", "si", "loss_ot", "pair_margin", "pair_accuracy")
+                bar.set_postfix({name: f"{stats[name]:.2f}" for name in shown if name in stats})
+                for line in signs_of_trouble(stats, streaks, config):
+                    bar.write(f"warning: {line}", file=sys.stderr)
+                if config.eval_steps and (step + 1) % config.eval_steps == 0 and step + 1 < config.max_steps:
+                    evals["steps"][str(step + 1)] = evaluate(model, reference, tokenizer, data, config)
+                    write_json(run_dir / "eval.json", evals)
+                    bar.write(f"step {step + 1}: {summary(evals['steps'][str(step + 1)])}")
+                if stopped or (config.save_steps and (step + 1) % config.save_steps == 0):
+                    checkpoint.save(run_dir / "checkpoints", model, optimizer, state, config.save_total_limit)
+                    if stopped:
+                        bar.close()
+                        print(f"stopped after step {step + 1}; {checkpoint.how_to_resume(run_dir)}", file=sys.stderr)
+                        raise SystemExit(128 + stopped[0])
 
-    evals["end"] = evaluate(model, reference, tokenizer, data, config)
-    write_json(run_dir / "eval.json", evals)
-    model.save_pretrained(run_dir / "final")
-    tokenizer.save_pretrained(run_dir / "final")
-    report(run_dir, evals, plot_run(run_dir))
+            evals["end"] = evaluate(model, reference, tokenizer, data, config)
+            write_json(run_dir / "eval.json", evals)
+            plot = plot_run(run_dir)
+            save(model, tokenizer, run_dir)
+        except FloatingPointError as error:
+            how = keep_failure(run_dir, error, config, data, model, optimizer, state, batch, pairs)
+            raise FloatingPointError(f"{error}; {how}") from None
+        except (OSError, SafetensorError) as error:  # a full disk
+            raise InputError(f"{run_dir}: cannot be written: {error}; {checkpoint.how_to_resume(run_dir)}") from None
+    report(run_dir, evals, plot)
     return run_dir
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a list that the first Ctrl-C or SIGTERM puts its number into; a second one ends the process at once."""
+    stopped, numbers = [], (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number, _):
+        stopped.append(number)
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+        os.write(2, b"\nfinishing the step, then saving; a second signal stops at once\n")  # print() is not reentrant
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def update(model, optimizer, config, batch: Batch | None = None, pairs: Pairs | None = None):
@@ -438,8 +541,8 @@ def update(model, optimizer, config, batch: Batch | None = None, pairs: Pairs | 
 
     Returns the means of the statistics, and the scores [Q, G, K, K] of the first pass (None without an InfoNCE term).
     """
-    parts = split(batch, len(batch.questions), config.micro_batch) if batch else []
-    pair_parts = split(pairs, len(pairs), 4 * config.micro_batch) if pairs else []
+    parts = split(batch, len(batch.questions), config.micro_batch // rows_of_a_question(config)) if batch else []
+    pair_parts = split(pairs, len(pairs), config.micro_batch // 2) if pairs else []
     passes, scores = [], []
     for iteration in range(config.num_iterations if batch else 1):
         sums = {}
@@ -454,8 +557,8 @@ def update(model, optimizer, config, batch: Batch | None = None, pairs: Pairs | 
                 loss, stats = preference_loss(model, part, config)
             backward(share, config.lambda_pref * loss if batch else loss, stats, sums)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm.item()}; terms: {sums}")
+        if not norm.isfinite():
+            raise NotFinite(f"the gradient norm is {norm.item()}", sums)
         optimizer.step()
         optimizer.zero_grad()
         passes.append({**sums, "grad_norm": norm.item()})
@@ -472,13 +575,21 @@ def not_finite():
         raise FloatingPointError(error) from None
 
 
+def rows_of_a_question(config) -> int:
+    """Completions that pass through the model with gradient: each under its own principle, or, for SAMI, under all."""
+    return config.num_principles * config.num_generations * (config.num_principles if config.lambda_mi else 1)
+
+
 def split(batch, total: int, size: int) -> list:
-    """(share of the whole, part) of each micro-batch."""
+    """(share of the whole, part) of each micro-batch of `size`, or of one where that is 0."""
+    size = max(1, size)
     return [(min(size, total - start) / total, batch.part(start, size)) for start in range(0, total, size)]
 
 
 def backward(share: float, loss, stats, sums) -> None:
     """Add a micro-batch's share to the gradient and to the statistics."""
+    if not loss.isfinite():
+        raise NotFinite(f"the loss is {loss.item()}", {"loss": loss, **stats})
     (share * loss).backward()
     for name, value in {"loss": loss, **stats}.items():
         sums[name] = sums.get(name, 0.0) + share * float(torch.as_tensor(value).detach())
@@ -516,12 +627,75 @@ def record(run_dir, step, batch: Batch | None, stats, scores, seconds_sampling, 
         })
 
 
+PATIENCE = 5  # steps running that a thing is so before it is said
+
+
+def signs_of_trouble(stats, streaks: Counter, config) -> list[str]:
+    """What has been so for PATIENCE steps and should be known, each sign told once; `streaks` counts the steps."""
+    reward, truncated = stats.get("reward", 0.0), stats.get("truncated", 0.0)
+    signs = {
+        f"no completion ends within {config.max_completion_length} tokens, and a cut one earns nothing; raise "
+        "--max-completion-length": truncated == 1,
+        "nearly every completion has earned the full reward, so the GRPO term has nothing left to teach; the run can "
+        "end here, unless the other terms are to go on alone": reward >= 0.99,
+        "in nearly every group all completions earn the same, so the GRPO term teaches next to nothing; raise "
+        "--num-generations or --temperature":
+            stats.get("zero_variance_groups", 0.0) >= 0.9 and reward < 0.99 and truncated < 1,
+        "Sinkhorn has not converged, so the OT term and its gradient are off; raise --ot-eps":
+            stats.get("sinkhorn_converged", 1.0) < 1,
+    }
+    told = []
+    for sign, so in signs.items():
+        streaks[sign] = streaks[sign] + 1 if so else min(0, streaks[sign])
+        if streaks[sign] == PATIENCE:
+            told.append(f"for {PATIENCE} steps running, {sign}")
+            streaks[sign] = -math.inf  # and stays there
+    return told
+
+
+def keep_failure(run_dir, error, config, data, model, optimizer, state, batch, pairs) -> str:
+    """Write failure/ with the batch that came to a number that is not finite; returns how to replay it."""
+    failure = {
+        "error": str(error),
+        "steps_done": state["step"],
+        "terms": {name: str(value) for name, value in getattr(error, "terms", {}).items()},  # JSON knows no nan
+        "settings": asdict(config),
+    }
+    if batch:
+        failure["batch"] = [
+            {"question": q.text, "principle": p.text, "prompt": batch.prompts[i][k], "completions": batch.texts[i][k],
+             "tokens": [ids[m].tolist() for ids, m in zip(batch.tokens[i, k], batch.mask[i, k])],
+             "rewards": batch.rewards[i, k].tolist()}
+            for i, q in enumerate(batch.questions) for k, p in enumerate(batch.principles[i])
+        ]
+    elif data.principles:  # it broke in sampling
+        drawn = zip(*draw(data.questions, data.principles, config, state["step"]))
+        failure["batch"] = [{"question": q.text, "principle": p.text} for q, ps in drawn for p in ps]
+    if pairs:
+        failure["pairs"] = [
+            {"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, (chosen, rejected) in zip(
+                pairs.prompts, ([ids[m].tolist() for ids, m in zip(*both)] for both in zip(pairs.tokens, pairs.mask)))
+        ]
+    with checkpoint.written_whole(run_dir / "failure") as aside:
+        write_json(aside / "batch.json", failure)
+        if config.num_iterations == 1:  # else the weights may have moved since the step began
+            checkpoint.save(aside, model, optimizer, state)
+    told = f"the batch is in {run_dir}/failure/batch.json; "
+    if config.num_iterations == 1:
+        return told + f"to replay it: python train.py --resume {run_dir}/failure/step_{state['step']}"
+    if checkpoint.checkpoints(run_dir):
+        return told + f"this leads to it again: python train.py --resume {run_dir}"
+    return told + "the same command with another --output-dir leads to it again"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Around the loop: the run's directory, the settings, the report
 
 
 def choose_run_dir(config) -> Path:
     """The run's directory, not made yet; raises InputError where there is something already."""
+    if config.resume:
+        return Path(config.output_dir)
     run_dir = Path(config.output_dir or Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S"))
     if (run_dir.exists() or run_dir.is_symlink()) and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise InputError(f"--output-dir: {run_dir} exists and is not empty; a new or empty directory is accepted")
@@ -614,6 +788,123 @@ def start_run(run_dir, config, data: Data, device) -> None:
     print(f"{run_dir}: a step is {', and '.join(a_step)}", flush=True)
 
 
+def estimate_memory(model, tokenizer, data: Data, config) -> dict[str, float]:
+    """Bytes by part, were every completion --max-completion-length long (the cache is of sampling)."""
+    per_token, cache_per_token = forward_bytes(model)
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    passes, cache = [], 0  # with gradient: (completions, tokens of one, prompts, tokens of one)
+    if data.principles:
+        texts = [max((item.text for item in items), key=len) for items in (data.questions, data.principles)]
+        prompt = len(encode_prompts(tokenizer, [build_messages(*texts)])[0])
+        questions = min(config.num_questions, max(1, config.micro_batch // rows_of_a_question(config)))
+        passes.append((questions * rows_of_a_question(config), config.max_completion_length,
+                       questions * config.num_principles, prompt))
+        sampled = max(config.num_questions * config.num_principles * config.num_generations,
+                      min(EVAL_ROWS, config.micro_batch, config.eval_questions * config.num_principles))
+        cache = cache_per_token * sampled * (prompt + config.max_completion_length)
+    if data.pairs:
+        pairs = min(config.num_pairs, max(1, config.micro_batch // 2))
+        passes.append((2 * pairs, data.pairs.tokens.shape[-1], pairs, max(map(len, data.pairs.prompts))))
+    at_once = min(config.micro_batch, ROWS_PER_FORWARD) if config.gradient_checkpointing else math.inf
+    weights = sum(p.nbytes for p in model.parameters())
+    return {
+        "weights": weights,
+        "bfloat16 copies": weights / 2 if config.bf16 and not config.lora_rank else 0,
+        "gradients and optimiser": 12 * sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "reference": weights if data.principles and not config.lora_rank else 0,
+        "activations": per_token * max(min(at_once, rows) * length + prompts * prompt
+                                       for rows, length, prompts, prompt in passes),
+        "hidden states": max(3 * 4 * rows * length * width for rows, length, _, _ in passes),
+        "logits": 4 * 4 * max(min(rows * length * vocabulary, LOGITS_PER_CHUNK) for rows, length, _, _ in passes) +
+        (0 if config.lora_rank else 4 * vocabulary * width),  # and a chunk's gradient of the head's weights
+        "cache": cache,
+    }
+
+
+def memory_line(parts, config, device) -> str:
+    """The estimate on one line; on a GPU with what to do where it is more than there is."""
+    training = parts["activations"] + parts["hidden states"] + parts["logits"]
+    total = sum(parts.values()) - min(training, parts["cache"])  # the cache is gone when training begins
+    line = f"memory: about {total / 1e9:.2g} GB at most: "
+    line += ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items() if size >= 5e6)
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
+        line += f"; the GPU has {room / 1e9:.3g}"
+        if total > room:
+            line += f": it will not fit. {memory_advice(config)}"
+    return line
+
+
+def memory_advice(config) -> str:
+    """What to lower where memory does not suffice, what costs least first."""
+    ways = ["--bf16"] if not config.bf16 else []
+    ways += [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
+    ways += [] if config.micro_batch == 1 else [f"--micro-batch {min(ROWS_PER_FORWARD, config.micro_batch) // 2}"]
+    ways += [] if config.lora_rank else ["--lora-rank 16"]
+    return f"Try, one after the other: {', '.join([*ways, 'lower --max-completion-length, --num-generations'])}"
+
+
+def fingerprint(config) -> dict:
+    """The settings that the rest of a run depends on, and of a file its content too."""
+    settings = asdict(config)
+    for name in ("output_dir", "save_steps", "save_total_limit", "resume"):
+        del settings[name]
+    for name in ("principles", "preferences", "dataset"):
+        if settings[name] and os.path.isfile(settings[name]):
+            settings[name] += f" (sha256 {checkpoint.sha256(settings[name])})"
+    return settings
+
+
+def resume_config(given: dict) -> Config:
+    """The settings of the run that --resume names, with the flags of this command line, `given`, on top.
+
+    Raises InputError where a setting is not what it was at the checkpoint, in config.json or by the content of a file,
+    unless its flag is given now: then the change is meant.
+    """
+    run_dir, path = checkpoint.find(given["resume"])
+    if "output_dir" in given:
+        raise InputError("--output-dir: not accepted with --resume; a run goes on in its own directory")
+    state = checkpoint.read_state(path)
+    try:
+        stored = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+        config = Config(**{**stored["settings"], **given, "output_dir": str(run_dir), "resume": str(path)})
+        meant = [past["changed"] for past in stored.get("resumed", []) if past["step"] == state["step"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{run_dir}/config.json: damaged ({error}); as the run wrote it, it is accepted") from None
+    for name, now in fingerprint(config).items():
+        accepted = [values[name] for values in (state["settings"], *meant) if name in values]
+        if name not in given and accepted and now not in accepted:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag}: was {accepted[0]} at {path} and is {now} now; say {flag} again to mean a change")
+    return config
+
+
+def resume_run(run_dir, config, model, optimizer, schedule, state: dict) -> None:
+    """Bring everything to where the checkpoint config.resume was written; record what has been changed since."""
+    path = Path(config.resume)
+    stored = checkpoint.read_state(path)
+    if stored["start_sha256"] != state["start_sha256"]:
+        raise InputError(f"--model: {config.model} has other weights than the model that {run_dir} started from, which "
+                         "is its reference; that model is accepted")
+    checkpoint.load(path, model, optimizer, stored)
+    checkpoint.rewind(run_dir, stored)
+    if stored["step"]:
+        before = {"last_epoch": stored["step"] - 1, "_step_count": stored["step"] + 1}
+        schedule.load_state_dict({**schedule.state_dict(), **before})
+        schedule.step()  # sets the learning rate of the next step
+    changed = {name: now for name, now in state["settings"].items() if stored["settings"].get(name, now) != now}
+    record = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    record["settings"] = {**asdict(config), "resume": None}
+    record.setdefault("resumed", []).append({
+        "step": stored["step"], "time": datetime.datetime.now().isoformat(timespec="seconds"), "changed": changed,
+    })
+    write_json(run_dir / "config.json", record)
+    state |= {"step": stored["step"], "evals": stored["evals"]}
+    told = "".join(f"; --{name.replace('_', '-')} was {stored['settings'][name]} and is {now} from here on"
+                   for name, now in changed.items())
+    print(f"{run_dir}: going on after step {state['step']} of {config.max_steps}{told}", flush=True)
+
+
 def write_json(path: Path, value) -> None:
     """Written aside, then moved: a reader never sees half a file."""
     aside = path.with_name(path.name + ".tmp")
@@ -657,23 +948,37 @@ def parse(argv=None) -> Config:
 
     parser.error = refuse
     config = Config(**vars(parser.parse_args(argv)))
+    if config.resume:
+        parser.set_defaults(**dict.fromkeys(vars(config)))  # None, to see which flags are given
+        config = resume_config({k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None})
     config.check()
     return config
 
 
 def main(argv=None) -> int:
-    """0; after one line on stderr, 2 for input that cannot be used and 1 for a training that broke down."""
+    """0; after one line on stderr, 2 for input that cannot be used and 1 for a training that broke down.
+
+    Stopped by a signal, it exits with 128 + its number, as a shell would put it.
+    """
+    warnings.filterwarnings("ignore", "Sinkhorn stopped")  # `signs_of_trouble` says it once
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries, where there is no network
     try:
-        train(parse(argv))
+        config = parse(argv)
+        train(config)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"error: training has broken down: {error}; a lower --learning-rate may help", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError:
+        print(f"error: the GPU's memory does not suffice. {memory_advice(config)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped before the training began", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -12,8 +12,9 @@ intervals over sets and seeds. Steadiness of a run, from its metrics.jsonl:
     grad_norm    mean gradient norm before clipping, all steps
     falls        share of steps whose reward is below that of the step before
 
-Then the choice by SI: `metrics.py si --select 4` on principles/twelve.txt against random fours of the same pool. Those
-sets also take no part in any choice of how SI is defined. Writes si_study.json and si_study.png into --output-dir.
+Then the choice by SI: `metrics.py si --select 4` from a pool of 24 texts (the eight principles in two wordings,
+opposites of four, empty phrases and strings) against random fours of the same pool. Those sets took no part in any
+choice of how SI is defined: they confirm. Writes si_study.json and si_study.png into --output-dir.
 """
 
 import argparse
@@ -49,7 +50,10 @@ SETS = {
     "opposites": [STYLES[n].negative for n in ("number", "check", "units", "givens")],
     "strings": ["qwlk vrtz", "mmbo aeiu kkd", "zxcv", "plof dran urt"],
 }
-POOL, SELECTED, RANDOM_SETS = "principles/twelve.txt", 4, 5
+POOL = [text for style in STYLES.values() for text in style.texts[:2]]
+POOL += [STYLES[n].negative for n in ("plan", "goal", "conclude", "order")]
+POOL += ["Be kind.", "Think about it.", "jjw opq rst", "uuvx ab"]
+SELECTED, RANDOM_SETS, CONFIRMING_SEEDS = 4, 7, 2
 VARIANTS = {"ENIGMA": [], "GRPO": ["--lambda-mi", "0", "--lambda-ot", "0"]}
 OUTCOMES = ("accuracy", "format", "reward_std", "grad_norm", "falls", "si_end", "drift")
 
@@ -57,15 +61,15 @@ OUTCOMES = ("accuracy", "format", "reward_std", "grad_norm", "falls", "si_end", 
 def write_sets(directory) -> dict:
     """Set -> its principles file: the twelve, the choice by SI, and random choices from the same pool."""
     directory.mkdir(parents=True, exist_ok=True)
-    pool = [line.strip() for line in (ROOT / POOL).read_text().splitlines() if line.strip() and line[0] != "#"]
     rng = random.Random(0)
-    drawn = {f"random {i + 1}": rng.sample(pool, SELECTED) for i in range(RANDOM_SETS)}
+    drawn = {f"random {i + 1}": rng.sample(POOL, SELECTED) for i in range(RANDOM_SETS)}
     files = {name: directory / f"{name.replace(' ', '_').replace(',', '')}.txt" for name in (SETS | drawn)}
     for name, texts in (SETS | drawn).items():
         files[name].write_text("\n".join(texts) + "\n")
-    best = directory / "selected.jsonl"
+    pool, best = directory / "pool.txt", directory / "selected.jsonl"
+    pool.write_text("\n".join(POOL) + "\n")
     if not best.exists():
-        run_script("metrics.py", "si", "--principles", POOL, "--select", SELECTED, "--out", best.resolve())
+        run_script("metrics.py", "si", "--principles", pool.resolve(), "--select", SELECTED, "--out", best.resolve())
     return files | {"selected": best}
 
 
@@ -81,10 +85,8 @@ def measure_si(name, file, directory) -> dict:
 def train(variant, name, seed, file, args, extra) -> dict:
     """The outcomes of one training."""
     directory = args.output_dir / f"{variant}-{file.stem}-{seed}"
-    evals = run_training(
-        directory, "--principles", file.resolve(), "--eval-questions", 256, "--eval-steps", 0, "--seed", seed,
-        *VARIANTS[variant], *extra,
-    )
+    flags = "--principles", file.resolve(), "--eval-steps", 0, "--seed", seed, *VARIANTS[variant], *extra
+    evals = run_training(directory, *flags)
     steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     rewards = [step["reward"] for step in steps]
     return {
@@ -155,9 +157,9 @@ def main() -> None:
     jobs = []
     for seed in range(args.seeds):  # seed by seed: a study that is stopped early has seen every set
         jobs += [(variant, name, seed) for name in SETS for variant in VARIANTS]
-        jobs += [("ENIGMA", name, seed) for name in chosen]
+        jobs += [("ENIGMA", name, seed) for name in chosen if seed < CONFIRMING_SEEDS]
     found = side_by_side(lambda v, name, seed: train(v, name, seed, files[name], args, extra), jobs, args.jobs)
-    runs = {(v, name): [found[v, name, s] for s in range(args.seeds)] for v, name, s in jobs if s == 0}
+    runs = {(v, name): [found[v, name, s] for s in range(args.seeds) if (v, name, s) in found] for v, name, _ in jobs}
     (args.output_dir / "si_study.json").write_text(
         json.dumps({"si": si, "runs": {f"{v}: {n}": r for (v, n), r in runs.items()}}, indent=1)
     )
@@ -182,7 +184,7 @@ def main() -> None:
     for outcome in ("accuracy", "reward_std", "grad_norm", "falls"):
         values = [statistics.mean(mean("ENIGMA", n, outcome) for n in half) for half in (lower, upper)]
         print(f"ENIGMA, {outcome}: lower half of SI {values[0]:.3f}, upper half {values[1]:.3f}")
-    print(f"\n| {SELECTED} of {POOL} | SI before | accuracy | format |\n|---|---|---|---|")
+    print(f"\n| {SELECTED} of a pool of {len(POOL)} | SI before | accuracy | format |\n|---|---|---|---|")
     for name in sorted(chosen, key=si.get, reverse=True):
         values = [[r[outcome] for r in runs["ENIGMA", name]] for outcome in ("accuracy", "format")]
         cells = ["{:.2f} ± {:.2f}".format(*interval(v)) for v in values]

@@ -1,9 +1,15 @@
-"""What the terms cost: a step of GRPO alone, with each term, and with all three, on the embedded model.
+"""What a step costs: GRPO alone, with each term, with all three, and TRL's GRPOTrainer on the same work.
 
-    python benchmarks/step.py                           # K = 4, G = 4, 4 questions, as train.py starts by default
+    python benchmarks/step.py                           # 4 questions, K = 4, G = 4: as train.py starts by default
+    python benchmarks/step.py --growth                  # the same without TRL, with each of the sizes doubled in turn
+    python benchmarks/step.py --num-questions 8         # flags not listed here go to train.py
 
-The variants take turns on the same seeds, so that a slow moment of the machine hits all of them; ratios are medians of
-the ratios within a round. Prints a table and writes step.json into --output-dir.
+The embedded model, on the same seeds in every variant; the variants take turns, so that a slow moment of the machine
+hits all of them, and ratios are medians of the ratios within a round. The learning rate is 0: every round measures the
+same model. TRL (`pip install -r benchmarks/requirements.txt`; without it its rows are left out) gets the same prompts,
+as many completions, the same limit of tokens, temperature, float32, all rows in one backward pass, and a reward that
+costs nothing; once with its defaults, once with gradient checkpointing off. A step of TRL is what lies between
+on_step_begin and on_step_end, its sampling what _generate takes. Prints tables and writes step.json into --output-dir.
 """
 
 import argparse
@@ -11,6 +17,7 @@ import copy
 import json
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,10 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 
 import policy  # noqa: E402
 import tiny  # noqa: E402
 import train  # noqa: E402
+from data import build_messages  # noqa: E402
 
 VARIANTS = {
     "GRPO": ["--lambda-mi", "0", "--lambda-ot", "0"],
@@ -29,16 +38,19 @@ VARIANTS = {
     "GRPO + SAMI": ["--lambda-ot", "0"],
     "ENIGMA": [],
 }
+TRL_VARIANTS = {"TRL GRPO, defaults": {}, "TRL GRPO, no checkpointing": {"gradient_checkpointing": False}}
+GROWTH = {"--num-questions": (2, 4, 8), "--num-principles": (2, 4, 8), "--num-generations": (2, 4, 8),
+          "--max-completion-length": (32, 64, 128)}
 PHASES = ("sample", "reference", "update")
 
 
 def step(model, reference, tokenizer, config, number) -> dict:
-    """Seconds of each phase of one step. The learning rate is 0: every round measures the same model."""
-    questions, generator = tiny.make_questions(512, held_out=False), torch.Generator().manual_seed(number)
+    """Seconds of each phase of one step of ours."""
+    questions, names = tiny.make_questions(512, held_out=False), [f"{number} {n}" for n in range(config.num_questions)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     clock = [time.perf_counter()]
     drawn = train.draw(questions, tiny.principles(), config, number)
-    batch = train.roll_out(model, tokenizer, *drawn, config.num_generations, config, generator)
+    batch = train.roll_out(model, tokenizer, *drawn, config.num_generations, config, names)
     clock.append(time.perf_counter())
     train.refer(reference, batch, config)
     clock.append(time.perf_counter())
@@ -48,28 +60,115 @@ def step(model, reference, tokenizer, config, number) -> dict:
     return {**seconds, "total": clock[-1] - clock[0], "tokens": int(batch.mask.sum())}
 
 
+def rounds_beside_trl(ours, settings, config, tokenizer, rounds) -> list[dict]:
+    """`rounds` rounds of one step of TRL and one of each of `ours` (name -> function of the round's number)."""
+    import trl
+    from datasets import Dataset
+
+    questions = tiny.make_questions(512, held_out=False)
+    drawn = [train.draw(questions, tiny.principles(), config, number) for number in range(rounds + 1)]
+    prompts = [build_messages(q.text, p.text) for qs, pss in drawn for q, ps in zip(qs, pss) for p in ps]
+    found = []
+
+    class Turns(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.sampling, self.tokens, self.start = 0.0, 0, time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            total = time.perf_counter() - self.start
+            theirs = {"sample": self.sampling, "reference": 0.0, "update": total - self.sampling, "total": total,
+                      "tokens": self.tokens}
+            found.append({"TRL": theirs, **{name: run(len(found)) for name, run in ours.items()}})
+
+    turns = Turns()
+    rows = config.num_questions * config.num_principles * config.num_generations
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = trl.GRPOTrainer(
+            policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))[0],
+            reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
+            args=trl.GRPOConfig(
+                directory, per_device_train_batch_size=rows, num_generations=config.num_generations,
+                max_completion_length=config.max_completion_length, temperature=config.temperature,
+                max_steps=rounds + 1, learning_rate=0.0, bf16=False, use_cpu=True, shuffle_dataset=False,
+                report_to="none", logging_steps=10**9, save_strategy="no", disable_tqdm=True, **settings,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=copy.deepcopy(tokenizer),
+            callbacks=[turns],
+        )
+        generate = trainer._generate
+
+        def timed(*args, **kwargs):
+            start = time.perf_counter()
+            out = generate(*args, **kwargs)
+            turns.sampling, turns.tokens = time.perf_counter() - start, sum(map(len, out[1]))
+            return out
+
+        trainer._generate = timed
+        trainer.train()
+    return found[1:]  # the first one warms up
+
+
+def summarise(rounds, base) -> dict:
+    """Medians over rounds; `ratio` is the median of the ratios within a round."""
+    table = {}
+    for name in rounds[0]:
+        table[name] = {key: statistics.median(r[name][key] for r in rounds) for key in (*PHASES, "total", "tokens")}
+        table[name]["ratio"] = statistics.median(r[name]["total"] / r[base]["total"] for r in rounds)
+    return table
+
+
+def print_table(table, base, first) -> None:
+    print(f"\n| {first} | sample | reference | update | step | tokens/s | times {base} |\n" + "|---" * 7 + "|")
+    for name, row in table.items():
+        cells = [f"{row[key]:.2f}" for key in (*PHASES, "total")]
+        print(f"| {name} | {' | '.join(cells)} | {row['tokens'] / row['total']:.0f} | {row['ratio']:.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--growth", action="store_true")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs")
     args, extra = parser.parse_known_args()  # what is left goes to train.py
+    transformers.utils.logging.set_verbosity_error()
     model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
     reference = copy.deepcopy(model).requires_grad_(False)
-    configs = {name: train.parse(["--principles", "-", *flags, *extra]) for name, flags in VARIANTS.items()}
-    rounds = []
-    for number in range(args.rounds + 1):
-        rounds.append({n: step(model, reference, tokenizer, c, number) for n, c in configs.items()})
-    rounds = rounds[1:]  # the first one warms up
-    table = {}
-    for name in VARIANTS:
-        table[name] = {key: statistics.median(r[name][key] for r in rounds) for key in (*PHASES, "total", "tokens")}
-        table[name]["ratio"] = statistics.median(r[name]["total"] / r["GRPO"]["total"] for r in rounds)
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, medians of {len(rounds)} rounds, seconds\n")
-    print("| | sample | reference | update | step | times GRPO |\n|---|---|---|---|---|---|")
-    for name, row in table.items():
-        print(f"| {name} | " + " | ".join(f"{row[key]:.2f}" for key in (*PHASES, "total", "ratio")) + " |")
+
+    def steppers(variants, flags):  # name -> function of the round's number
+        configs = {name: train.parse(["--principles", "-", *variants[name], *flags]) for name in variants}
+        return {n: lambda number, c=c: step(model, reference, tokenizer, c, number) for n, c in configs.items()}
+
+    def take_turns(runs):
+        found = [{name: run(number) for name, run in runs.items()} for number in range(args.rounds + 1)]
+        return found[1:]  # the first one warms up
+
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, medians of {args.rounds} rounds, seconds")
+    tables = {}
+    if args.growth:
+        ends, train.eos_ids = train.eos_ids, lambda *_: []  # every completion as long as it may be
+        for flag, sizes in GROWTH.items():
+            runs = {f"{n}, {size}": run for size in sizes for n, run in steppers(
+                {n: VARIANTS[n] for n in ("GRPO", "ENIGMA")}, [*extra, flag, str(size)]).items()}
+            base = f"GRPO, {sizes[0]}"
+            tables[flag] = summarise(take_turns(runs), base)
+            print_table(tables[flag], base, flag)
+        train.eos_ids = ends
+    else:
+        tables["terms"] = summarise(take_turns(steppers(VARIANTS, extra)), "GRPO")
+        print_table(tables["terms"], "GRPO", "ours")
+        try:
+            import trl
+        except ImportError:
+            print("no rows of TRL: pip install -r benchmarks/requirements.txt", file=sys.stderr)
+        else:
+            ours = steppers({name: VARIANTS[name] for name in ("GRPO", "ENIGMA")}, extra)
+            config = train.parse(["--principles", "-", *extra])
+            for name, settings in TRL_VARIANTS.items():
+                found = rounds_beside_trl(ours, settings, config, tokenizer, args.rounds)
+                tables[name] = summarise(found, "TRL")
+                print_table(tables[name], "TRL", f"{name} {trl.__version__}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "step.json").write_text(json.dumps({"table": table, "rounds": rounds}, indent=1))
+    (args.output_dir / "step.json").write_text(json.dumps(tables, indent=1))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TWO = b"Be brief.\nShow every step.\n"
 QUESTIONS = b"".join(b'{"question": "What is %d + 3?", "answer": %d}\n' % (n, n + 3) for n in range(4))
 PAIRS = b"".join(b'{"prompt": "What is %d + 3?", "chosen": "%d", "rejected": "0"}\n' % (n, n + 3) for n in range(4))
-SECONDS = 30  # more than that is a hang
+SECONDS = 300  # more than that, on whatever busy machine, is a hang
 
 
 class Accepted(Exception):
@@ -351,8 +351,8 @@ def stops(monkeypatch, tiny_model):
     def accept(*args):
         raise Accepted(None)
 
-    def load(name, device):
-        return tiny_model if name == str(tiny.MODEL_DIR) else load_model(name, device)
+    def load(name, *args):
+        return tiny_model if name == str(tiny.MODEL_DIR) else load_model(name, *args)
 
     monkeypatch.setattr(train, "load_data", read)
     monkeypatch.setattr(metrics, "sample_chains", accept)

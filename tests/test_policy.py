@@ -129,8 +129,8 @@ def test_temperature_divides_the_logits():
 
 
 def sample(model, seed=0, prompts=PROMPTS, num=2, length=12, eos=(2,), temperature=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return policy.sample(model, prompts, num, length, temperature, list(eos), 0, generator)
+    uniform = policy.uniform_numbers([f"{seed} {n}" for n in range(len(prompts))], num, length)  # [P, N, T]
+    return policy.sample(model, prompts, uniform, temperature, list(eos), 0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
@@ -176,6 +176,27 @@ def test_any_end_token_ends_a_completion_and_counts_as_its_last_token():
     assert (is_end.sum(-1) == (~out.truncated).long()).all(), "an end token stands inside a completion"
     assert (out.mask.sum(-1)[out.truncated] == 30).all()
     assert (out.tokens[~out.mask] == 0).all(), "after the end there must be padding"
+
+
+def test_a_sample_depends_on_its_prompt_and_its_numbers_not_on_the_batch():
+    model = make_model("gemma3")  # float64: rounding, which does depend on the batch, cannot move a token
+    uniform = policy.uniform_numbers([f"prompt {p}" for p in range(len(PROMPTS))], 5, 20)  # [P, N, T]
+    together = policy.sample(model, PROMPTS, uniform, 1.0, [2, 50, 51], 0)
+    for p, prompt in enumerate(PROMPTS):
+        alone = policy.sample(model, [prompt], policy.uniform_numbers([f"prompt {p}"], 5, 20), 1.0, [2, 50, 51], 0)
+        width = alone.tokens.shape[-1]
+        assert torch.equal(together.tokens[p, :, :width], alone.tokens[0])
+        assert torch.equal(together.mask[p, :, :width], alone.mask[0]) and not together.mask[p, :, width:].any()
+
+
+def test_sampling_never_takes_a_token_of_probability_zero():
+    """At the two ends of [0, 1): the first and the last token that can come, not the first and the last there are."""
+    model = make_model("llama", torch.float32)
+    head = model.get_output_embeddings()
+    bias = torch.zeros(96).index_fill(0, torch.tensor([0, 1, 95]), -torch.inf)  # [V]
+    head.register_forward_hook(lambda module, inputs, logits: logits + bias)
+    uniform = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)[None, :, None]  # [1, 2, 1]
+    assert policy.sample(model, PROMPTS[:1], uniform, 1.0, [2], 0).tokens.flatten().tolist() == [2, 94]
 
 
 def test_same_seed_same_samples():

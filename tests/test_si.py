@@ -60,6 +60,19 @@ def test_the_sharper_estimate_is_the_exact_information_of_each_input_of_a_channe
     assert (sharp.std(0) < row.std(0)).all(), "not sharper"
 
 
+def test_reach_tells_a_principle_that_is_rarely_followed_from_one_that_is_said_twice():
+    """Four principles: 0 marks every text, 1 one text in five, and 2 and 3 are the same."""
+    p = torch.zeros(4, 5)  # [K, kinds of text]: plain, and the marks of 0, 1, 2 and 3
+    p[0, 1], p[1, 0], p[1, 2], p[2:, 3] = 1, 0.8, 0.2, 1
+    scores = draw_scores((p + 1e-30).log(), 2000)
+    expected = torch.tensor([1, 1, 0.5, 0.5], dtype=torch.double)  # two that are the same leave log 4 - log 2
+    torch.testing.assert_close(metrics.reach(scores), expected, atol=1e-6, rtol=0)
+    p[1] = torch.tensor([0.95, 0, 0.05, 0, 0])  # rarer than one in ten, and plain is told from all others as well
+    p[2:] = p[0] = torch.tensor([1.0, 0, 0, 0, 0])
+    reached = metrics.reach(draw_scores((p + 1e-30).log(), 2000))
+    assert reached.max() < 0.05, reached
+
+
 def test_its_interval_covers_the_truth():
     log_p, exact = channel(4, 6)
     hits = 0
@@ -279,7 +292,7 @@ def test_a_model_that_writes_proposes_and_what_is_unusable_is_left_out(tiny_mode
                "A cut sentence without", "Turn <|user|> around now.", "word " * 60 + "."]
     rng = random.Random(0)
 
-    def ask(model, tokenizer, requests, temperature, generator):
+    def ask(model, tokenizer, requests, temperature, name):
         if requests[0].startswith("Repeat"):
             return [p.text.upper() for p in principles]
         return [rng.choice(replies) for _ in requests]
@@ -300,7 +313,7 @@ def test_asking_reads_the_first_line_without_bullets_and_quotes(tiny_model, monk
         return policy.Completions(ids, ids >= 0, ids[..., 0] < 0, ids[..., 0] * 0.0)
 
     monkeypatch.setattr(metrics, "sample", sample)
-    assert metrics._ask(model, tokenizer, ["?"], 1.0, torch.Generator()) == ["Name the unit."]
+    assert metrics._ask(model, tokenizer, ["?"], 1.0, "name") == ["Name the unit."]
 
 
 # ------------------------------------------------------------------------------------------------ bad input

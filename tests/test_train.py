@@ -37,8 +37,8 @@ def make_batch(tiny_model, config, questions=3):
     model, tokenizer = tiny_model
     drawn = train.draw(tiny.make_questions(50, False), tiny.principles(), config, 0)
     drawn = [part[:questions] for part in drawn]
-    generator = torch.Generator().manual_seed(0)
-    batch = train.roll_out(model, tokenizer, *drawn, config.num_generations, config, generator)
+    names = [f"question {n}" for n in range(len(drawn[0]))]
+    batch = train.roll_out(model, tokenizer, *drawn, config.num_generations, config, names)
     train.refer(copy.deepcopy(model), batch, config)
     return batch
 
@@ -120,10 +120,10 @@ def test_the_sinkhorn_cloud_is_of_completion_tokens_only(tiny_model):
 # ------------------------------------------------------------------------------------------------ the losses
 
 
-def gradient_of(model, config, batch, micro_batch):
+def gradient_of(model, config, batch, questions_at_once):
     """The gradient that `update` steps along, and its statistics."""
     model, config = copy.deepcopy(model), copy.copy(config)
-    config.micro_batch, config.max_grad_norm = micro_batch, 1e9
+    config.micro_batch, config.max_grad_norm = questions_at_once * train.rows_of_a_question(config), 1e9
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.zero_grad = lambda: None  # `update` clears it, and here it is the result
     stats, _ = train.update(model, optimizer, config, batch)
