@@ -1,6 +1,6 @@
 """Data parallelism over questions: what `torchrun --nproc-per-node N train.py …` needs of torch.distributed.
 
-    part(n)          the indices of a global batch of n that are this process's
+    part(n)          the indices of a global batch of n that are this process's own
     sum_gradients    gradient of the step = sum over processes of (their share of the batch) · (gradient of their mean)
 
 Every term of the loss is a mean over questions of what one question gives alone, and what is sampled for a question is
@@ -11,6 +11,7 @@ function here is the identity, and torch.distributed is not started.
 
 import datetime
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ def start() -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        if rank():
+            sys.stdout = open(os.devnull, "w")  # process 0 speaks for all; errors, on stderr, are everyone's own
 
 
 def stop() -> None:
@@ -46,17 +49,24 @@ def part(total: int) -> range:
 
 def gather(value) -> list:
     """`value` of every process, in the order of ranks."""
+    if world() == 1:
+        return [value]
     values = [None] * world()
-    if world() > 1:
-        dist.all_gather_object(values, value)
-    return values if world() > 1 else [value]
+    dist.all_gather_object(values, value)
+    return values
+
+
+def total(numbers: dict) -> dict:
+    """Sums over processes, by name: what one of them does not have counts as 0."""
+    everyones = gather(numbers)
+    return {name: sum(n.get(name, 0.0) for n in everyones) for numbers in everyones for name in numbers}
 
 
 def sum_gradients(parameters) -> None:
-    """Add up the gradients of all processes, in place: one exchange for each tensor."""
+    """Add up the gradients of all processes, in place: once a step, one exchange for each tensor."""
     if world() > 1:
         for parameter in parameters:
             if parameter.requires_grad:
-                if parameter.grad is None:  # a part without a question of its own
+                if parameter.grad is None:  # a process that had no part of the batch
                     parameter.grad = torch.zeros_like(parameter)  # the parameter's shape
                 dist.all_reduce(parameter.grad)

@@ -24,16 +24,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from checkpoint import written_whole
 from data import InputError
 
-LOGITS_PER_CHUNK = 2**24  # elements of the largest block of logits: 64 MB in float32
+LOGITS_PER_CHUNK = 2**26  # elements of the largest block of logits: 256 MB in float32
 # Rows are sorted by length and sent so many at a time: fewer waste less on padding, more keep a GPU busy. The embedded
 # model's whole update takes .78 (GRPO) and .84 (all terms) of the time with 16 rows that it takes with 64.
 ROWS_PER_FORWARD = 16  # on a CPU; a GPU gets four times as many
+TOKENS_PER_CHECK = 16  # `_decode_static` asks so often whether all rows have ended: the GPU idles while it answers
 PLAIN_TEMPLATE = (  # for a base model: "User: 2 + 3?\n\nAssistant:"
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
@@ -189,8 +190,12 @@ def head(model, hidden):
     """Logits [..., V] of hidden states [..., d], in float32 (or float64), before the temperature."""
     logits = model.get_output_embeddings()(hidden)  # [..., V]
     logits = _at_least_float32(logits)  # [..., V]
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    cap = _softcap(model)
     return logits if cap is None else cap * torch.tanh(logits / cap)  # [..., V]
+
+
+def _softcap(model):
+    return getattr(model.config, "final_logit_softcapping", None)
 
 
 def _at_least_float32(tensor):
@@ -271,6 +276,13 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, : self.length] for room in self.room)  # [rows, H, L, D]
 
 
+class _FixedLayer(StaticLayer):
+    """The library's layer of one size, whose length is a tensor; it takes keys and values of one dtype only."""
+
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys.to(values.dtype), values)
+
+
 def uniform_numbers(names: list[str], *shape: int, device="cpu"):
     """Random numbers in [0, 1), [len(names), *shape] in float64: a row is a function of its name and nothing else.
 
@@ -284,31 +296,62 @@ def uniform_numbers(names: list[str], *shape: int, device="cpu"):
 
 @torch.no_grad()
 @autocast
-def sample(model, prompts, uniform, temperature, eos, pad_id) -> Completions:
+def sample(model, prompts, uniform, temperature, eos, pad_id, cuda_graphs: bool = False) -> Completions:
     """Sample N completions of at most T tokens of each prompt from softmax(logits / temperature), nothing truncated.
 
     prompts: P lists of token ids. uniform: [P, N, T] float64 in [0, 1); token t of a completion is where the cumulated
     probabilities pass its number, so a completion is a function of its prompt and its numbers. eos: the ids that end
     a completion (see eos_ids). No top-k or top-p: then the scores of a sample are exactly its log-probability.
-    Rows that have ended leave the batch as soon as they are an eighth of it: a long completion does not make the others
-    cost, and the cache is not copied for each that ends.
+    cuda_graphs: see `_decode_static`; the same completions, up to rounding.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if uniform.ndim != 3 or len(uniform) != len(prompts) or uniform.dtype != torch.float64:
         raise ValueError(f"expected float64 [P={len(prompts)}, N, T], got {uniform.dtype} {list(uniform.shape)}")
-    num_generations, max_new_tokens = uniform.shape[1:]
-    uniform = uniform.flatten(0, 1)  # [R, T]
+    shape = uniform.shape[:2]
     layers, prefix_mask, last = _prefill(model, prompts)
-    num_rows = len(prompts) * num_generations
-    rows = torch.arange(num_rows, device=model.device) // num_generations  # [R] the prompt of each row
-    cache, mask, inputs = _copy_cache(layers, rows, room=max_new_tokens), prefix_mask[rows], last[rows]
-    active = torch.arange(num_rows, device=model.device)  # [A] the rows in the batch
+    if torch.is_autocast_enabled(model.device.type):  # the cache made float32 of it: not to be rounded for each token
+        layers = [tuple(states.bfloat16() for states in layer) for layer in layers]
+    rows = torch.arange(len(prompts), device=model.device).repeat_interleave(shape[1])  # [R] the prompt of each row
+    start = layers, rows, prefix_mask[rows], last[rows]
+    ends = torch.tensor(eos, dtype=torch.long, device=model.device)  # [number of end tokens]
+    decode = _decode_static if cuda_graphs else _decode
+    tokens, lengths, entropy, truncated = decode(model, *start, uniform.flatten(0, 1), temperature, ends, pad_id)
+    if not entropy.isfinite().all():
+        raise FloatingPointError("the distribution of the next token is not finite")
+    width = int(lengths.max())
+    return Completions(
+        tokens[:, :width].reshape(*shape, width),  # [P, N, T]
+        (torch.arange(width, device=model.device) < lengths[:, None]).reshape(*shape, width),  # [P, N, T]
+        truncated.reshape(shape),  # [P, N]
+        (entropy / lengths).reshape(shape),  # [P, N]
+    )
+
+
+def _draw(model, hidden, uniform, temperature):
+    """The token that each row's number falls on, and the entropy it was drawn at: hidden [A, d], uniform [A, 1]."""
+    logp = F.log_softmax(head(model, hidden) / temperature, dim=-1)  # [A, V]
+    probs = logp.exp()  # [A, V]
+    passed = probs.double().cumsum(-1)  # [A, V] in float64: rare tokens of a large vocabulary keep their share
+    token = torch.searchsorted(passed, uniform * passed[:, -1:], right=True)[:, 0]  # [A]
+    token = token.clamp(max=logp.shape[-1] - 1)  # [A] NaN falls behind the last: `sample` tells, once all is drawn
+    return token, -(probs * logp.clamp(min=-1e30)).sum(-1)  # [A] both; 0 · -inf would be NaN
+
+
+def _decode(model, layers, rows, mask, inputs, uniform, temperature, ends, pad_id):
+    """tokens [R, T], lengths, summed entropies and truncated [R] of completions with the numbers uniform [R, T].
+
+    Row r continues prompt rows[r]: mask [R, L-1] on the tokens in the cache `layers`, inputs [R] the prompt's last one.
+    Rows that have ended leave the batch as soon as they are an eighth of it: a long completion does not make the others
+    cost, and the cache is not copied for each that ends.
+    """
+    num_rows, max_new_tokens = uniform.shape
+    cache = _copy_cache(layers, rows, room=max_new_tokens)
+    active = torch.arange(num_rows, device=uniform.device)  # [A] the rows in the batch
     running = torch.ones_like(active, dtype=torch.bool)  # [A] those of them that have not ended
-    tokens = torch.full((num_rows, max_new_tokens), pad_id, device=model.device)  # [R, T]
-    lengths = torch.zeros(num_rows, dtype=torch.long, device=model.device)  # [R]
-    entropy = torch.zeros(num_rows, device=model.device)  # [R]
-    ends = torch.tensor(eos, device=model.device)  # [number of end tokens]
+    tokens = torch.full((num_rows, max_new_tokens), pad_id, device=uniform.device)  # [R, T]
+    lengths = torch.zeros_like(active)  # [R]
+    entropy = torch.zeros(num_rows, device=uniform.device)  # [R]
     for t in range(max_new_tokens):
         mask = F.pad(mask, (0, 1), value=True)  # [A, L+t]
         hidden = model.get_decoder()(
@@ -318,16 +361,10 @@ def sample(model, prompts, uniform, temperature, eos, pad_id) -> Completions:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state  # [A, 1, d]
-        logp = F.log_softmax(head(model, hidden[:, -1]) / temperature, dim=-1)  # [A, V]
-        probs = logp.exp()  # [A, V]
-        surprise = -(probs * logp.clamp(min=-1e30)).sum(-1)  # [A] 0 · -inf would be NaN
-        if not surprise.isfinite().all():  # NaN would pick the last token, and no one would know
-            raise FloatingPointError("the distribution of the next token is not finite")
-        passed = probs.double().cumsum(-1)  # [A, V] in float64: rare tokens of a large vocabulary keep their share
-        inputs = torch.searchsorted(passed, uniform[active, t, None] * passed[:, -1:], right=True)[:, 0]  # [A]
+        inputs, nats = _draw(model, hidden[:, -1], uniform[active, t, None], temperature)  # [A] both
         tokens[active, t] = inputs.where(running, pad_id)
         lengths[active] += running
-        entropy[active] += surprise * running
+        entropy[active] += nats * running
         running &= ~torch.isin(inputs, ends)  # [A]
         left = int(running.sum())
         if not left:
@@ -336,16 +373,54 @@ def sample(model, prompts, uniform, temperature, eos, pad_id) -> Completions:
             keep = running.nonzero()[:, 0]  # [A']
             active, inputs, mask, running = active[keep], inputs[keep], mask[keep], running[keep]
             cache.batch_select_indices(keep)
-    truncated = torch.zeros(num_rows, dtype=torch.bool, device=model.device)  # [R]
+    truncated = torch.zeros(num_rows, dtype=torch.bool, device=uniform.device)  # [R]
     truncated[active] = running
-    shape = (len(prompts), num_generations)
-    width = int(lengths.max())
-    return Completions(
-        tokens[:, :width].reshape(*shape, width),  # [P, N, T]
-        (torch.arange(width, device=model.device) < lengths[:, None]).reshape(*shape, width),  # [P, N, T]
-        truncated.reshape(shape),  # [P, N]
-        (entropy / lengths).reshape(shape),  # [P, N]
-    )
+    return tokens, lengths, entropy, truncated
+
+
+def _decode_static(model, layers, rows, mask, inputs, uniform, temperature, ends, pad_id):
+    """As `_decode`, by a step whose tensors keep shape and place, which a GPU captures once and then replays.
+
+    A step of a 1B model is more than a thousand kernels, which Python launches more slowly than a fast GPU runs them.
+    In exchange attention reads the room of all T tokens, and a row that has ended is decoded on until all have: a
+    smaller batch would have to be captured anew. No `int(tensor)` and no tensor made on the host may stand in `step`.
+    """
+    num_rows, max_new_tokens = uniform.shape
+    cache = Cache(layers=[_FixedLayer(mask.shape[1] + max_new_tokens) for _ in layers])
+    for index, layer in enumerate(layers):
+        cache.update(*(states.index_select(0, rows) for states in layer), index)  # [R, H, L-1, D] both
+    position = mask.sum(1, keepdim=True)  # [R, 1]
+    mask = F.pad(mask, (0, max_new_tokens), value=True).long()  # [R, L-1+T]: causality hides those to come
+    t = torch.zeros(1, dtype=torch.long, device=uniform.device)  # [1]
+    tokens = torch.full((num_rows, max_new_tokens), pad_id, device=uniform.device)  # [R, T]
+    lengths = torch.zeros_like(inputs)  # [R]
+    running = torch.ones_like(inputs, dtype=torch.bool)  # [R]
+    entropy = torch.zeros(num_rows, device=uniform.device)  # [R]
+
+    def step():
+        hidden = model.get_decoder()(
+            input_ids=inputs[:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+        ).last_hidden_state  # [R, 1, d]
+        token, nats = _draw(model, hidden[:, -1], uniform.index_select(1, t), temperature)  # [R] both
+        tokens.index_copy_(1, t, token.masked_fill(~running, pad_id)[:, None])
+        lengths.add_(running)
+        entropy.add_(nats * running)
+        running.logical_and_((token[:, None] != ends).all(1))
+        inputs.copy_(token)
+        position.add_(1)
+        t.add_(1)
+
+    step()  # before capture: libraries set themselves up in their first call
+    if uniform.is_cuda:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads (NCCL's) may call CUDA
+            step()
+        step = graph.replay
+    for done in range(1, max_new_tokens):
+        if done % TOKENS_PER_CHECK == 0 and not running.any():
+            break
+        step()
+    return tokens, lengths, entropy, running
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -411,21 +486,71 @@ def log_probs(model, hidden, tokens, mask, temperature, logits_per_chunk: int = 
             f"expected hidden [..., d] with tokens and mask [...], got {list(hidden.shape)}, {list(tokens.shape)} "
             f"and {list(mask.shape)}"
         )
-
-    def chunk_logp(states, targets):
-        logits = head(model, states) / temperature  # [C, V]
-        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)  # [C]
-
     where = mask.flatten().nonzero()[:, 0]  # [M]
     states, targets = hidden.flatten(0, -2).index_select(0, where), tokens[mask]  # [M, d], [M]
-    size = max(1, logits_per_chunk // model.get_output_embeddings().weight.shape[0])
+    out = model.get_output_embeddings()
+    size = max(1, logits_per_chunk // len(out.weight))
     if len(states) <= size:
-        parts = [chunk_logp(states, targets)]
+        logits = head(model, states) / temperature  # [M, V]
+        flat = logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)  # [M]
     else:
-        pairs = zip(states.split(size), targets.split(size), strict=True)
-        parts = [checkpoint(chunk_logp, s, t, use_reentrant=False) for s, t in pairs]
-    flat = torch.cat(parts)  # [M]
+        weight = out.weight  # [V, d]
+        if out.bias is not None:
+            states, weight = F.pad(states, (0, 1), value=1), torch.cat([weight, out.bias[:, None]], 1)  # both d + 1
+        flat = _TokenLogProbs.apply(states, weight, targets, temperature, _softcap(model), size)  # [M]
     return flat.new_zeros(tokens.shape).masked_scatter(mask, flat)  # [...]
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log softmax(logits / temperature)[target] of M rows, `size` rows at a time in both directions.
+
+    Backward, p the softmax and g the incoming gradient: d logits = g (onehot - p) / temperature. The logits are made
+    again, a fourth product beside the three of the plain way, and all else happens in place in them: with autograd
+    on chunks every step would be another [size, V] tensor, and every chunk another gradient [V, d] of the weights.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, targets, temperature, cap, size):
+        logp, lse = states.new_empty(len(states)), states.new_empty(len(states))  # [M] both
+        for part in range(0, len(states), size):
+            rows = slice(part, part + size)
+            logits = _logits(states[rows], weight, temperature, cap)  # [C, V]
+            top, target = logits.amax(-1), logits.gather(-1, targets[rows, None])[:, 0]  # [C] both
+            lse[rows] = logits.sub_(top[:, None]).exp_().sum(-1).log_() + top  # [C]
+            logp[rows] = target - lse[rows]  # [C]
+        ctx.save_for_backward(states, weight, targets, lse)
+        ctx.settings = temperature, cap, size, torch.is_autocast_enabled(states.device.type)
+        return logp
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        states, weight, targets, lse = ctx.saved_tensors
+        temperature, cap, size, bf16 = ctx.settings
+        d_states = torch.empty_like(states)  # [M, d]
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # [V, d]
+        with torch.autocast(states.device.type, torch.bfloat16, enabled=bf16):
+            for part in range(0, len(states), size):
+                rows = slice(part, part + size)
+                logits = _logits(states[rows], weight, temperature, cap)  # [C, V]
+                slope = None if cap is None else 1 - (logits * (temperature / cap)).square_()  # [C, V] of cap·tanh
+                d_logits = logits.sub_(lse[rows, None]).exp_().mul_(-g[rows, None])  # [C, V]
+                d_logits.scatter_add_(1, targets[rows, None], g[rows, None]).div_(temperature)
+                d_logits = d_logits if slope is None else d_logits.mul_(slope)  # [C, V]
+                d_states[rows] = (d_logits @ weight).to(states.dtype)  # [C, d]
+                if d_weight is not None and bf16:
+                    d_weight += d_logits.T @ states[rows]  # [V, d]
+                elif d_weight is not None:
+                    d_weight.addmm_(d_logits.T, states[rows])  # [V, d] without a second one
+        return d_states, d_weight, None, None, None, None
+
+
+def _logits(states, weight, temperature, cap):
+    """What `head` makes, over the temperature, in one block of memory: states [C, d], weight [V, d] -> [C, V]."""
+    logits = _at_least_float32(F.linear(states, weight))  # [C, V]
+    if cap is not None:
+        logits.div_(cap).tanh_().mul_(cap)
+    return logits.div_(temperature)  # [C, V]
 
 
 def cot_mask(tokenizer, tokens, mask, close: str = "</reasoning>"):

@@ -94,11 +94,12 @@ def preference_loss(model, pairs: Pairs, config):
 
 
 @torch.no_grad()
-def evaluate_pairs(model, tokenizer, pairs: Pairs, config, sampled: bool) -> tuple[dict, tuple | None]:
-    """(values [P] by name, example); if `sampled`, with format and accuracy of a completion of each prompt.
+def evaluate_pairs(model, tokenizer, pairs: Pairs, config, names: list[str] | None) -> tuple[dict, tuple | None]:
+    """(values [P] by name, example); with format and accuracy of a completion of each prompt, if that has a name.
 
-    pair_margin is in nats of log-ratio, whatever the loss and beta; pair_accuracy says whether it is positive;
-    pair_logratio_chosen and pair_logratio_rejected are its two parts.
+    names: what each completion is a function of, see policy.uniform_numbers. pair_margin is in nats of log-ratio,
+    whatever the loss and beta; pair_accuracy says whether it is positive; pair_logratio_chosen and
+    pair_logratio_rejected are its two parts.
     """
     now = with_reference(model, pairs, config.temperature).ref_logp  # [P, 2]
     ratio = now - pairs.ref_logp  # [P, 2]
@@ -109,13 +110,13 @@ def evaluate_pairs(model, tokenizer, pairs: Pairs, config, sampled: bool) -> tup
         "pair_logratio_chosen": ratio[:, 0],
         "pair_logratio_rejected": ratio[:, 1],
     }
-    if not sampled:
+    if names is None:
         return values, None
     texts, end = [], eos_ids(model, tokenizer)
     for start in range(0, len(pairs), 8 * PAIRS_PER_FORWARD):
         prompts = pairs.prompts[start : start + 8 * PAIRS_PER_FORWARD]
-        names = [f"{config.seed} evaluation {n}" for n in range(start, start + len(prompts))]
-        uniform = uniform_numbers(names, 1, config.max_completion_length, device=model.device)  # [P, 1, T]
+        numbers = names[start : start + len(prompts)]
+        uniform = uniform_numbers(numbers, 1, config.max_completion_length, device=model.device)  # [P, 1, T]
         out = sample(model, prompts, uniform, config.temperature, end, tokenizer.pad_token_id)
         texts += [tokenizer.decode(t[m], skip_special_tokens=True) for t, m in zip(out.tokens[:, 0], out.mask[:, 0])]
     values["format"] = torch.tensor([format_reward(text) for text in texts])  # [P]

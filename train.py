@@ -3,6 +3,7 @@
     python train.py --principles principles/reasoning.txt                 # the embedded model: two minutes, no GPU
     python train.py --principles mine.txt --model google/gemma-3-1b-it --dataset mine.jsonl
     python train.py --preferences tiny                                    # InfoPO on preference pairs; or both flags
+    python train.py --resume latest                                       # after a kill, with --save-steps; or Ctrl-C
 
 One loop, one optimiser step, three terms, each a mean over questions:
 
@@ -42,6 +43,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import checkpoint
+import parallel
 import tiny
 from data import (
     DatasetConfig,
@@ -95,6 +97,10 @@ class Config(DatasetConfig):
     num_generations: int = option(4, "G: completions of each question under each principle")
     max_completion_length: int = option(64, "tokens; longer completions are cut and earn nothing")
     temperature: float = option(1.0, "of sampling, and of every log-probability")
+    cuda_graphs: bool = option(
+        False, "sample by replaying one captured step on a GPU: faster where Python is slower than the GPU; not yet "
+        "measured, and not for models that read a value back in a step, such as mixtures of experts"
+    )
 
     max_steps: int = option(70, "batches sampled")
     num_iterations: int = option(1, "optimiser steps on each batch; above 1 the ratio leaves 1 and clipping is real")
@@ -239,7 +245,9 @@ def roll_out(model, tokenizer, questions, principles, num_generations, config, n
     shape = (len(questions), len(principles[0]), num_generations)
     uniform = uniform_numbers(names, *shape[1:], config.max_completion_length, device=model.device)  # [Q, K, G, T]
     ends = eos_ids(model, tokenizer)
-    out = sample(model, prompts, uniform.flatten(0, 1), config.temperature, ends, tokenizer.pad_token_id)
+    out = sample(
+        model, prompts, uniform.flatten(0, 1), config.temperature, ends, tokenizer.pad_token_id, config.cuda_graphs
+    )
     tokens, mask = out.tokens.reshape(*shape, -1), out.mask.reshape(*shape, -1)  # [Q, K, G, T]
     flat = [ids[m].tolist() for ids, m in zip(tokens.flatten(0, 2), mask.flatten(0, 2))]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in flat]
@@ -380,14 +388,19 @@ EVAL_ROWS = 256  # completions sampled together in an evaluation, or --micro-bat
 
 def evaluate(model, reference, tokenizer, data: "Data", config) -> dict:
     """Every figure on held-out questions and pairs, a mean over them with its 95% bootstrap interval."""
-    values, example = {}, None
+    values, example, total = {}, None, len(data.held_out or data.held_out_pairs)
+    mine = parallel.part(total)
+    names = [f"{config.seed} evaluation {n}" for n in mine]
     if data.principles:
-        values, example = evaluate_principles(model, reference, tokenizer, data.held_out, data.principles, config)
+        values, example = evaluate_principles(model, reference, tokenizer, data, config, mine, names)
     if data.held_out_pairs:
-        more, sampled = evaluate_pairs(model, tokenizer, data.held_out_pairs, config, not data.principles)
+        pairs = data.held_out_pairs.part(mine.start, len(mine))
+        more, sampled = evaluate_pairs(model, tokenizer, pairs, config, None if data.principles else names)
         values, example = values | more, example or {"question": sampled[0], "completion": sampled[1]}
-    result = {"questions": len(data.held_out or data.held_out_pairs)}
-    for name, column in values.items():
+    everyones = parallel.gather((values, example))
+    result, example = {"questions": total}, everyones[0][1]
+    for name in values:
+        column = torch.cat([part[name].cpu() for part, _ in everyones])  # [N]
         if len(column):
             low, high = bootstrap_interval(column)
             result[name] = {"mean": column.mean().item(), "low": low.item(), "high": high.item()}
@@ -396,15 +409,15 @@ def evaluate(model, reference, tokenizer, data: "Data", config) -> dict:
     return {**result, "example": example}
 
 
-def evaluate_principles(model, reference, tokenizer, questions, principles, config):
+def evaluate_principles(model, reference, tokenizer, data: "Data", config, mine: range, names: list[str]):
     """K principles for each question, one completion under each, at the training temperature: (values, example).
 
-    values: tensors [N] by name, a value for each question. Principles and random numbers are the same in each
-    evaluation of a run.
+    mine, names: which of data.held_out, and what is random about each is a function of (see roll_out): the same in
+    each evaluation of a run. values: tensors [N] by name, a value for each of these questions.
     """
     rng = random.Random(f"{config.seed} evaluation")
-    drawn = [rng.sample(principles, config.num_principles) for _ in questions]
-    names = [f"{config.seed} evaluation {n}" for n in range(len(questions))]
+    drawn = [rng.sample(data.principles, config.num_principles) for _ in data.held_out][mine.start : mine.stop]
+    questions = data.held_out[mine.start : mine.stop]
     values = {name: [] for name in ("format", "accuracy", "si", "mi_row", "mi_column", "sinkhorn", "completion_length")}
     size = max(1, min(EVAL_ROWS, config.micro_batch) // config.num_principles)
     sample_text = None
@@ -438,9 +451,12 @@ def evaluate_principles(model, reference, tokenizer, questions, principles, conf
 
 
 def train(config: Config) -> Path:
-    """A whole run; returns its directory."""
-    run_dir = choose_run_dir(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A whole run; returns its directory. Under torchrun, each process runs this on its part of every batch."""
+    parallel.start()
+    writer = parallel.rank() == 0
+    check_parts(config)
+    run_dir = parallel.gather(choose_run_dir(config))[0]  # the time in its name is that of process 0
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     config.bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
     rows = min(config.micro_batch, ROWS_PER_FORWARD) if config.gradient_checkpointing else None
     name = str(tiny.MODEL_DIR) if config.model == "tiny" else config.model
@@ -450,7 +466,7 @@ def train(config: Config) -> Path:
     if config.lora_rank:
         model = add_lora(model, config.lora_rank, config.seed)
     data = load_data(model, tokenizer, config)
-    if not config.resume:
+    if writer and not config.resume:
         start_run(run_dir, config, data, device)
 
     print(memory_line(estimate_memory(model, tokenizer, data, config), config, device), flush=True)
@@ -471,49 +487,59 @@ def train(config: Config) -> Path:
             write_json(run_dir / "eval.json", evals)
             print(f"start: {summary(evals['start'])}", flush=True)
             bar = tqdm(range(state["step"], config.max_steps), "training", config.max_steps, initial=state["step"],
-                       dynamic_ncols=True)
+                       dynamic_ncols=True, disable=not writer)
             for step in bar:
                 clock = time.perf_counter()
                 batch = None
                 if data.principles:
-                    drawn = draw(data.questions, data.principles, config, step)
-                    names = [f"{config.seed} step {step} question {n}" for n in range(config.num_questions)]
+                    mine = parallel.part(config.num_questions)
+                    drawn = [all[mine.start : mine.stop] for all in draw(data.questions, data.principles, config, step)]
+                    names = [f"{config.seed} step {step} question {n}" for n in mine]
                     batch = roll_out(model, tokenizer, *drawn, config.num_generations, config, names)
                 sampled = time.perf_counter()
                 if batch:
                     with at_start(model, reference) as start_model:
                         refer(start_model, batch, config)
-                pairs = data.pairs and data.pairs.part(step * config.num_pairs % len(data.pairs), config.num_pairs)
+                if data.pairs:
+                    pairs = data.pairs.part(step * config.num_pairs % len(data.pairs), config.num_pairs)
+                    mine = parallel.part(len(pairs))
+                    pairs = pairs.part(mine.start, len(mine))
                 stats, scores = update(model, optimizer, config, batch, pairs)
                 stats["learning_rate"] = schedule.get_last_lr()[0]
                 schedule.step()
-                record(run_dir, step, batch, stats, scores, sampled - clock, time.perf_counter() - sampled)
+                seconds = sampled - clock, time.perf_counter() - sampled
+                record(run_dir, step, config, batch, stats, scores, *seconds)
                 state["step"] = step + 1
                 shown = ("reward", "si", "loss_ot", "pair_margin", "pair_accuracy")
                 bar.set_postfix({name: f"{stats[name]:.2f}" for name in shown if name in stats})
-                for line in signs_of_trouble(stats, streaks, config):
+                for line in signs_of_trouble(stats, streaks, config) if writer else ():
                     bar.write(f"warning: {line}", file=sys.stderr)
                 if config.eval_steps and (step + 1) % config.eval_steps == 0 and step + 1 < config.max_steps:
                     evals["steps"][str(step + 1)] = evaluate(model, reference, tokenizer, data, config)
                     write_json(run_dir / "eval.json", evals)
                     bar.write(f"step {step + 1}: {summary(evals['steps'][str(step + 1)])}")
-                if stopped or (config.save_steps and (step + 1) % config.save_steps == 0):
-                    checkpoint.save(run_dir / "checkpoints", model, optimizer, state, config.save_total_limit)
-                    if stopped:
+                signal_number = max(parallel.gather(stopped[0] if stopped else 0))  # all stop after the same step
+                if signal_number or (config.save_steps and (step + 1) % config.save_steps == 0):
+                    if writer:
+                        checkpoint.save(run_dir / "checkpoints", model, optimizer, state, config.save_total_limit)
+                    if signal_number:
                         bar.close()
-                        print(f"stopped after step {step + 1}; {checkpoint.how_to_resume(run_dir)}", file=sys.stderr)
-                        raise SystemExit(128 + stopped[0])
+                        if writer:
+                            told = f"stopped after step {step + 1}; {checkpoint.how_to_resume(run_dir)}"
+                            print(told, file=sys.stderr)
+                        raise SystemExit(128 + signal_number)
 
             evals["end"] = evaluate(model, reference, tokenizer, data, config)
             write_json(run_dir / "eval.json", evals)
-            plot = plot_run(run_dir)
-            save(model, tokenizer, run_dir)
+            if writer:
+                plot = plot_run(run_dir)
+                save(model, tokenizer, run_dir)
+                report(run_dir, evals, plot)
         except FloatingPointError as error:
             how = keep_failure(run_dir, error, config, data, model, optimizer, state, batch, pairs)
             raise FloatingPointError(f"{error}; {how}") from None
         except (OSError, SafetensorError) as error:  # a full disk
             raise InputError(f"{run_dir}: cannot be written: {error}; {checkpoint.how_to_resume(run_dir)}") from None
-    report(run_dir, evals, plot)
     return run_dir
 
 
@@ -541,8 +567,10 @@ def update(model, optimizer, config, batch: Batch | None = None, pairs: Pairs | 
 
     Returns the means of the statistics, and the scores [Q, G, K, K] of the first pass (None without an InfoNCE term).
     """
-    parts = split(batch, len(batch.questions), config.micro_batch // rows_of_a_question(config)) if batch else []
-    pair_parts = split(pairs, len(pairs), config.micro_batch // 2) if pairs else []
+    counts = {"questions": len(batch.questions) if batch else 0, "pairs": len(pairs) if pairs else 0}
+    whole = parallel.total(counts)
+    parts = split(batch, *(c["questions"] for c in (counts, whole)), config.micro_batch // rows_of_a_question(config))
+    pair_parts = split(pairs, *(c["pairs"] for c in (counts, whole)), config.micro_batch // 2)
     passes, scores = [], []
     for iteration in range(config.num_iterations if batch else 1):
         sums = {}
@@ -556,6 +584,8 @@ def update(model, optimizer, config, batch: Batch | None = None, pairs: Pairs | 
             with not_finite():
                 loss, stats = preference_loss(model, part, config)
             backward(share, config.lambda_pref * loss if batch else loss, stats, sums)
+        parallel.sum_gradients(model.parameters())
+        sums = parallel.total(sums)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         if not norm.isfinite():
             raise NotFinite(f"the gradient norm is {norm.item()}", sums)
@@ -580,10 +610,10 @@ def rows_of_a_question(config) -> int:
     return config.num_principles * config.num_generations * (config.num_principles if config.lambda_mi else 1)
 
 
-def split(batch, total: int, size: int) -> list:
-    """(share of the whole, part) of each micro-batch of `size`, or of one where that is 0."""
+def split(batch, count: int, whole: int, size: int) -> list:
+    """(share of the whole batch of all processes, part) of each micro-batch of `size`, or of 1 where that is 0."""
     size = max(1, size)
-    return [(min(size, total - start) / total, batch.part(start, size)) for start in range(0, total, size)]
+    return [(min(size, count - start) / whole, batch.part(start, size)) for start in range(0, count, size)]
 
 
 def backward(share: float, loss, stats, sums) -> None:
@@ -595,18 +625,21 @@ def backward(share: float, loss, stats, sums) -> None:
         sums[name] = sums.get(name, 0.0) + share * float(torch.as_tensor(value).detach())
 
 
-def record(run_dir, step, batch: Batch | None, stats, scores, seconds_sampling, seconds_training) -> None:
+def record(run_dir, step, config, batch: Batch | None, stats, scores, seconds_sampling, seconds_training) -> None:
     """Complete `stats`, and append a line to metrics.jsonl and some completions to samples.jsonl."""
     stats["seconds_training"] = seconds_training
     if batch:
-        tokens = batch.mask.sum().item()
         spread = batch.rewards.amax(-1) - batch.rewards.amin(-1)  # [Q, K]
-        stats |= {
+        means = {
             "reward": batch.rewards.mean().item(),
             "zero_variance_groups": (spread == 0).float().mean().item(),
             "completion_length": batch.mask.sum(-1).float().mean().item(),
             "truncated": batch.truncated.float().mean().item(),
             "entropy": batch.entropy.mean().item(),
+        }
+        share = len(batch.questions) / config.num_questions  # of this process
+        tokens = parallel.total({"tokens": batch.mask.sum().item()})["tokens"]
+        stats |= parallel.total({name: share * value for name, value in means.items()}) | {
             "seconds_sampling": seconds_sampling,
             "tokens_per_second_sampling": tokens / seconds_sampling,
             "tokens_per_second_training": tokens / seconds_training,
@@ -676,13 +709,14 @@ def keep_failure(run_dir, error, config, data, model, optimizer, state, batch, p
             {"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, (chosen, rejected) in zip(
                 pairs.prompts, ([ids[m].tolist() for ids, m in zip(*both)] for both in zip(pairs.tokens, pairs.mask)))
         ]
-    with checkpoint.written_whole(run_dir / "failure") as aside:
-        write_json(aside / "batch.json", failure)
+    name = f"failure_{parallel.rank()}" if parallel.rank() else "failure"  # more than one process may fail at once
+    with checkpoint.written_whole(run_dir / name) as aside:
+        (aside / "batch.json").write_text(json.dumps(failure, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if config.num_iterations == 1:  # else the weights may have moved since the step began
             checkpoint.save(aside, model, optimizer, state)
-    told = f"the batch is in {run_dir}/failure/batch.json; "
+    told = f"the batch is in {run_dir}/{name}/batch.json; "
     if config.num_iterations == 1:
-        return told + f"to replay it: python train.py --resume {run_dir}/failure/step_{state['step']}"
+        return told + f"to replay it: python train.py --resume {run_dir}/{name}/step_{state['step']}"
     if checkpoint.checkpoints(run_dir):
         return told + f"this leads to it again: python train.py --resume {run_dir}"
     return told + "the same command with another --output-dir leads to it again"
@@ -690,6 +724,15 @@ def keep_failure(run_dir, error, config, data, model, optimizer, state, batch, p
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Around the loop: the run's directory, the settings, the report
+
+
+def check_parts(config) -> None:
+    """Raises InputError where there are more processes than questions or pairs to share."""
+    for name in ("num_questions", "num_pairs", "eval_questions"):
+        if getattr(config, name) < parallel.world():
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag}: got {getattr(config, name)} with {parallel.world()} processes; one for each of "
+                             "them, or more, is accepted")
 
 
 def choose_run_dir(config) -> Path:
@@ -887,7 +930,9 @@ def resume_run(run_dir, config, model, optimizer, schedule, state: dict) -> None
         raise InputError(f"--model: {config.model} has other weights than the model that {run_dir} started from, which "
                          "is its reference; that model is accepted")
     checkpoint.load(path, model, optimizer, stored)
-    checkpoint.rewind(run_dir, stored)
+    parallel.gather(None)  # all have read
+    if parallel.rank() == 0:
+        checkpoint.rewind(run_dir, stored)
     if stored["step"]:
         before = {"last_epoch": stored["step"] - 1, "_step_count": stored["step"] + 1}
         schedule.load_state_dict({**schedule.state_dict(), **before})
@@ -906,13 +951,17 @@ def resume_run(run_dir, config, model, optimizer, schedule, state: dict) -> None
 
 
 def write_json(path: Path, value) -> None:
-    """Written aside, then moved: a reader never sees half a file."""
+    """Written aside, then moved: a reader never sees half a file. Process 0 writes, here and below."""
+    if parallel.rank():
+        return
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(aside, path)
 
 
 def append_json(path: Path, value) -> None:
+    if parallel.rank():
+        return
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
@@ -967,6 +1016,7 @@ def main(argv=None) -> int:
     try:
         config = parse(argv)
         train(config)
+        parallel.stop()
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -975,6 +1025,12 @@ def main(argv=None) -> int:
         return 1
     except torch.OutOfMemoryError:
         print(f"error: the GPU's memory does not suffice. {memory_advice(config)}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if parallel.world() == 1:
+            raise
+        print(f"error: process {parallel.rank()}: {str(error).splitlines()[0]}: another process has ended, and says "
+              "why, if this is about a connection", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped before the training began", file=sys.stderr)

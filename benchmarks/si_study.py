@@ -154,10 +154,9 @@ def main() -> None:
         lambda name: measure_si(name, files[name], args.output_dir / "sets"), [(n,) for n in files], args.jobs
     )
     si = {name: measured[name,]["set"]["si"]["mean"] for name in files}
-    jobs = []
-    for seed in range(args.seeds):  # seed by seed: a study that is stopped early has seen every set
-        jobs += [(variant, name, seed) for name in SETS for variant in VARIANTS]
-        jobs += [("ENIGMA", name, seed) for name in chosen if seed < CONFIRMING_SEEDS]
+    jobs = [("ENIGMA", name, seed) for seed in range(args.seeds) for name in SETS]
+    jobs += [("ENIGMA", name, seed) for seed in range(CONFIRMING_SEEDS) for name in chosen]
+    jobs += [("GRPO", name, seed) for seed in range(args.seeds) for name in SETS]
     found = side_by_side(lambda v, name, seed: train(v, name, seed, files[name], args, extra), jobs, args.jobs)
     runs = {(v, name): [found[v, name, s] for s in range(args.seeds) if (v, name, s) in found] for v, name, _ in jobs}
     (args.output_dir / "si_study.json").write_text(

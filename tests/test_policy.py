@@ -189,6 +189,68 @@ def test_a_sample_depends_on_its_prompt_and_its_numbers_not_on_the_batch():
         assert torch.equal(together.mask[p, :, :width], alone.mask[0]) and not together.mask[p, :, width:].any()
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
+def test_the_static_step_samples_what_the_eager_one_does(name):
+    """With Gemma-3's window of 5 shorter than prompt and completion, left padding, rows that end and rows that do not."""
+    model = make_model(name)  # float64: attention over the room for what is to come rounds otherwise
+    uniform = policy.uniform_numbers([f"prompt {p}" for p in range(len(PROMPTS))], 5, 40)  # [P, N, T]
+    eager, static = (policy.sample(model, PROMPTS, uniform, 1.0, [2, 50, 51], 0, cuda_graphs=on) for on in (0, 1))
+    assert eager.truncated.any() and eager.mask[~eager.truncated].sum() > 0
+    for field in ("tokens", "mask", "truncated"):
+        assert torch.equal(getattr(eager, field), getattr(static, field)), field
+    torch.testing.assert_close(eager.entropy, static.entropy)
+
+
+def test_the_static_step_stops_once_all_rows_have_ended(monkeypatch):
+    model, calls, draw = make_model("llama"), [], policy._draw
+    monkeypatch.setattr(policy, "_draw", lambda *args: calls.append(1) or draw(*args))
+    uniform = torch.rand(3, 2, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))  # [P, N, T]
+    out = policy.sample(model, PROMPTS, uniform, 1.0, list(range(48)), 0, cuda_graphs=True)
+    assert not out.truncated.any() and len(calls) <= out.mask.shape[-1] + policy.TOKENS_PER_CHECK < 60
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
+def test_the_static_step_can_be_captured(name):
+    """No value comes to the host (a meta tensor has none) and no tensor comes from it, as a CUDA graph demands."""
+    model, from_host = make_model(name, torch.float32).to("meta"), []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs, out)) if torch.is_tensor(t)]
+            from_host.extend(function for t in tensors if t.device.type != "meta")
+            return out
+
+    def empty(*shape, dtype=torch.long):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    counts = []
+    for length in (1, 4):  # the first step may: it is not captured
+        from_host.clear()
+        layers = [(empty(3, 2, 7, 8, dtype=torch.float32),) * 2 for _ in range(3)]  # [P, H, L-1, D] both
+        uniform, mask = empty(6, length, dtype=torch.float64), empty(6, 7, dtype=torch.bool)  # [R, T], [R, L-1]
+        with torch.no_grad(), Spy():
+            policy._decode_static(model, layers, empty(6), mask, empty(6), uniform, 1.0, empty(2), 0)
+        counts.append(len(from_host))
+    assert counts[0] == counts[1], f"the step takes tensors from the host: {set(from_host)}"
+
+
+def test_decoding_in_bfloat16_keeps_the_cache_in_it(monkeypatch):
+    """The library's cache promotes bfloat16 values to the float32 of rotated keys; attention rounds both again."""
+    model, seen = make_model("gemma3", torch.float32), set()
+    model.bf16 = True
+    for layer in (policy._RoomyLayer, policy._FixedLayer):
+        def update(self, *args, real=layer.update):
+            out = real(self, *args)
+            seen.update((type(self).__name__, states.dtype) for states in out)
+            return out
+        monkeypatch.setattr(layer, "update", update)
+    uniform = policy.uniform_numbers(["a", "b", "c"], 16, 12)  # [P, N, T]
+    eager, static = (policy.sample(model, PROMPTS, uniform, 1.0, [2], 0, cuda_graphs=on) for on in (0, 1))
+    assert seen == {("_RoomyLayer", torch.bfloat16), ("_FixedLayer", torch.bfloat16)}
+    assert (eager.tokens[..., 0] == static.tokens[..., 0]).float().mean() > 0.9
+
+
 def test_sampling_never_takes_a_token_of_probability_zero():
     """At the two ends of [0, 1): the first and the last token that can come, not the first and the last there are."""
     model = make_model("llama", torch.float32)

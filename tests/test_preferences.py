@@ -235,7 +235,7 @@ def test_a_short_training_prefers_the_chosen(tiny_model, loss):
     held_out = preferences.with_reference(
         tiny_model[0], preferences.encode_pairs(model, tokenizer, tiny.make_pairs(32, True)), 1.0
     )
-    values, _ = preferences.evaluate_pairs(model, tokenizer, held_out, config, sampled=False)
+    values, _ = preferences.evaluate_pairs(model, tokenizer, held_out, config, names=None)
     assert abs(margins[0]) < 1e-3 and values["pair_margin"].mean() > 0.5, f"chosen and rejected swapped? {margins}"
 
 

@@ -349,8 +349,8 @@ def test_a_setting_said_again_changes_the_run_from_there_on_and_is_recorded(run,
 def test_a_reference_that_has_changed_is_refused(run, monkeypatch, capsys):
     load = train.load_model
 
-    def changed(name, device):
-        model, tokenizer = load(name, device)
+    def changed(*args):
+        model, tokenizer = load(*args)
         next(model.parameters()).data.view(-1)[0] += 1e-3
         return model, tokenizer
 
