@@ -171,6 +171,10 @@ def _refused(path: Path):
 
 def read_state(path: Path) -> dict:
     """state.json of a checkpoint; raises InputError with the name of the first file that is not as it was written."""
+    for name in ("SHA256SUMS", *FILES):
+        with _refused(path / name):
+            if not (path / name).is_file():  # nor a pipe, which reading would wait for
+                raise ValueError("missing")
     with _refused(path / "SHA256SUMS"):
         sums = (path / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     for name in FILES:

@@ -30,7 +30,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from checkpoint import written_whole
 from data import InputError
 
-LOGITS_PER_CHUNK = 2**24  # elements of the largest block of logits: 64 MB in float32
+LOGITS_PER_CHUNK = 2**26  # elements of the largest block of logits: 256 MB in float32
 # Rows are sorted by length and sent so many at a time: fewer waste less on padding, more keep a GPU busy. The embedded
 # model's whole update takes .78 (GRPO) and .84 (all terms) of the time with 16 rows that it takes with 64.
 ROWS_PER_FORWARD = 16  # on a CPU; a GPU gets four times as many
@@ -180,8 +180,12 @@ def head(model, hidden):
     """Logits [..., V] of hidden states [..., d], in float32 (or float64), before the temperature."""
     logits = model.get_output_embeddings()(hidden)  # [..., V]
     logits = _at_least_float32(logits)  # [..., V]
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    cap = _softcap(model)
     return logits if cap is None else cap * torch.tanh(logits / cap)  # [..., V]
+
+
+def _softcap(model):
+    return getattr(model.config, "final_logit_softcapping", None)
 
 
 def _at_least_float32(tensor):
@@ -465,21 +469,71 @@ def log_probs(model, hidden, tokens, mask, temperature, logits_per_chunk: int = 
             f"expected hidden [..., d] with tokens and mask [...], got {list(hidden.shape)}, {list(tokens.shape)} "
             f"and {list(mask.shape)}"
         )
-
-    def chunk_logp(states, targets):
-        logits = head(model, states) / temperature  # [C, V]
-        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)  # [C]
-
     where = mask.flatten().nonzero()[:, 0]  # [M]
     states, targets = hidden.flatten(0, -2).index_select(0, where), tokens[mask]  # [M, d], [M]
-    size = max(1, logits_per_chunk // model.get_output_embeddings().weight.shape[0])
+    out = model.get_output_embeddings()
+    size = max(1, logits_per_chunk // len(out.weight))
     if len(states) <= size:
-        parts = [chunk_logp(states, targets)]
+        logits = head(model, states) / temperature  # [M, V]
+        flat = logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)  # [M]
     else:
-        pairs = zip(states.split(size), targets.split(size), strict=True)
-        parts = [checkpoint(chunk_logp, s, t, use_reentrant=False) for s, t in pairs]
-    flat = torch.cat(parts)  # [M]
+        weight = out.weight  # [V, d]
+        if out.bias is not None:
+            states, weight = F.pad(states, (0, 1), value=1), torch.cat([weight, out.bias[:, None]], 1)  # both d + 1
+        flat = _TokenLogProbs.apply(states, weight, targets, temperature, _softcap(model), size)  # [M]
     return flat.new_zeros(tokens.shape).masked_scatter(mask, flat)  # [...]
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log softmax(logits / temperature)[target] of M rows, `size` rows at a time in both directions.
+
+    Backward, p the softmax and g the incoming gradient: d logits = g (onehot - p) / temperature. The logits are made
+    again, a fourth product beside the three of the plain way, and all else happens in place in them: with autograd
+    on chunks every step would be another [size, V] tensor, and every chunk another gradient [V, d] of the weights.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, targets, temperature, cap, size):
+        logp, lse = states.new_empty(len(states)), states.new_empty(len(states))  # [M] both
+        for part in range(0, len(states), size):
+            rows = slice(part, part + size)
+            logits = _logits(states[rows], weight, temperature, cap)  # [C, V]
+            top, target = logits.amax(-1), logits.gather(-1, targets[rows, None])[:, 0]  # [C] both
+            lse[rows] = logits.sub_(top[:, None]).exp_().sum(-1).log_() + top  # [C]
+            logp[rows] = target - lse[rows]  # [C]
+        ctx.save_for_backward(states, weight, targets, lse)
+        ctx.settings = temperature, cap, size, torch.is_autocast_enabled(states.device.type)
+        return logp
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        states, weight, targets, lse = ctx.saved_tensors
+        temperature, cap, size, bf16 = ctx.settings
+        d_states = torch.empty_like(states)  # [M, d]
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # [V, d]
+        with torch.autocast(states.device.type, torch.bfloat16, enabled=bf16):
+            for part in range(0, len(states), size):
+                rows = slice(part, part + size)
+                logits = _logits(states[rows], weight, temperature, cap)  # [C, V]
+                slope = None if cap is None else 1 - (logits * (temperature / cap)).square_()  # [C, V] of cap·tanh
+                d_logits = logits.sub_(lse[rows, None]).exp_().mul_(-g[rows, None])  # [C, V]
+                d_logits.scatter_add_(1, targets[rows, None], g[rows, None]).div_(temperature)
+                d_logits = d_logits if slope is None else d_logits.mul_(slope)  # [C, V]
+                d_states[rows] = (d_logits @ weight).to(states.dtype)  # [C, d]
+                if d_weight is not None and bf16:
+                    d_weight += d_logits.T @ states[rows]  # [V, d]
+                elif d_weight is not None:
+                    d_weight.addmm_(d_logits.T, states[rows])  # [V, d] without a second one
+        return d_states, d_weight, None, None, None, None
+
+
+def _logits(states, weight, temperature, cap):
+    """What `head` makes, over the temperature, in one block of memory: states [C, d], weight [V, d] -> [C, V]."""
+    logits = _at_least_float32(F.linear(states, weight))  # [C, V]
+    if cap is not None:
+        logits.div_(cap).tanh_().mul_(cap)
+    return logits.div_(temperature)  # [C, V]
 
 
 def cot_mask(tokenizer, tokens, mask, close: str = "</reasoning>"):

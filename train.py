@@ -3,6 +3,7 @@
     python train.py --principles principles/reasoning.txt                 # the embedded model: two minutes, no GPU
     python train.py --principles mine.txt --model google/gemma-3-1b-it --dataset mine.jsonl
     python train.py --preferences tiny                                    # InfoPO on preference pairs; or both flags
+    python train.py --resume latest                                       # after a kill, with --save-steps; or Ctrl-C
 
 One loop, one optimiser step, three terms, each a mean over questions:
 

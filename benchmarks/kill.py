@@ -25,11 +25,11 @@ import checkpoint  # noqa: E402
 import train  # noqa: E402
 
 FLAGS = (
-    "--num-questions 2 --num-principles 2 --num-generations 2 --max-completion-length 12 --max-steps 4 "
-    "--warmup-steps 1 --eval-questions 2 --eval-steps 2 --save-steps 1 --save-total-limit 2"
+    "--num-questions 2 --num-principles 2 --num-generations 2 --max-completion-length 12 --max-steps 6 "
+    "--warmup-steps 1 --eval-questions 2 --eval-steps 3 --save-steps 1 --save-total-limit 2"
 ).split()
 processes = multiprocessing.get_context("forkserver")  # imports once; a fork of this process could hang in OpenMP
-processes.set_forkserver_preload(["train"])
+processes.set_forkserver_preload(["train", "matplotlib.pyplot"])
 
 
 def start(*flags):

@@ -293,6 +293,39 @@ def test_bfloat16_with_checkpointing_has_the_gradient_it_has_without(tmp_path):
     assert difference(parts, whole) < 0.02, "rows in other blocks are rounded otherwise, no more"
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_log_probs_by_chunk_equal_the_definition(cap, bias, tmp_path):
+    """Value and both gradients, with a softcap (Gemma-2) and with a bias in the head (Phi-2)."""
+    model, _ = policy.load_model(write_model(tmp_path, "qwen-3"), torch.device("cpu"))
+    model.config.final_logit_softcapping = cap
+    if bias:
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(512))
+    model.double()
+    hidden = torch.randn(2, 3, 7, 32, dtype=torch.float64, requires_grad=True)  # [P, N, T, d]
+    tokens, weights = torch.randint(512, (2, 3, 7)), torch.randn(2, 3, 7, dtype=torch.float64)  # [P, N, T] both
+    mask = torch.rand(2, 3, 7) < 0.7  # [P, N, T]
+    inputs, results = [hidden, *model.lm_head.parameters()], []
+    logits = policy.head(model, 9 * hidden) / 0.7  # [P, N, T, V]
+    plain = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0] * mask  # [P, N, T]
+    for logp in (plain, *(policy.log_probs(model, 9 * hidden, tokens, mask, 0.7, n * 512) for n in (1, 8, 99))):
+        results.append([logp, *torch.autograd.grad((logp * weights).sum(), inputs)])
+    for ours in results[1:]:
+        torch.testing.assert_close(ours, results[0], rtol=1e-9, atol=1e-12)
+
+
+def test_bfloat16_log_probs_by_chunk_are_those_of_one_chunk():
+    model, _ = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"), bf16=True)
+    hidden, tokens = torch.randn(64, 128, requires_grad=True), torch.randint(512, (64,))  # [M, d], [M]
+    results = []
+    for chunk in (64 * 512, 8 * 512):
+        logp = policy.log_probs(model, hidden, tokens, torch.ones(64, dtype=torch.bool), 1.0, chunk)  # [M]
+        results.append([logp, *torch.autograd.grad(logp.square().sum(), [hidden, model.lm_head.weight])])
+    assert all(t.dtype == torch.float32 for t in results[1])
+    for a, b in zip(*results, strict=True):
+        assert difference(b, a) < 0.01
+
+
 def test_the_estimate_of_memory_counts_what_it_says(tmp_path):
     model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
     size = sum(p.numel() for p in model.parameters())
