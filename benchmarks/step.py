@@ -42,6 +42,14 @@ TRL_VARIANTS = {"TRL GRPO, defaults": {}, "TRL GRPO, no checkpointing": {"gradie
 GROWTH = {"--num-questions": (2, 4, 8), "--num-principles": (2, 4, 8), "--num-generations": (2, 4, 8),
           "--max-completion-length": (32, 64, 128)}
 PHASES = ("sample", "reference", "update")
+ON_CPU = {"use_cpu": True, "bf16": False}
+
+
+def now() -> float:
+    """Seconds, once the GPU (if any) has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def step(model, reference, tokenizer, config, number) -> dict:
@@ -60,22 +68,29 @@ def step(model, reference, tokenizer, config, number) -> dict:
     return {**seconds, "total": clock[-1] - clock[0], "tokens": int(batch.mask.sum())}
 
 
-def rounds_beside_trl(ours, settings, config, tokenizer, rounds) -> list[dict]:
-    """`rounds` rounds of one step of TRL and one of each of `ours` (name -> function of the round's number)."""
+def conversations(config, steps) -> list:
+    """The messages of the prompts of `steps` steps, in the order that training takes them."""
+    questions = tiny.make_questions(512, held_out=False)
+    drawn = [train.draw(questions, tiny.principles(), config, number) for number in range(steps)]
+    return [build_messages(q.text, p.text) for qs, pss in drawn for q, ps in zip(qs, pss) for p in ps]
+
+
+def rounds_beside_trl(ours, settings, config, model, tokenizer, rounds) -> list[dict]:
+    """`rounds` rounds of one step of TRL on `model` and one of each of `ours` (name -> function of the round's number).
+
+    settings: of trl.GRPOConfig, beyond those that make the work the same.
+    """
     import trl
     from datasets import Dataset
 
-    questions = tiny.make_questions(512, held_out=False)
-    drawn = [train.draw(questions, tiny.principles(), config, number) for number in range(rounds + 1)]
-    prompts = [build_messages(q.text, p.text) for qs, pss in drawn for q, ps in zip(qs, pss) for p in ps]
     found = []
 
     class Turns(transformers.TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            self.sampling, self.tokens, self.start = 0.0, 0, time.perf_counter()
+            self.sampling, self.tokens, self.start = 0.0, 0, now()
 
         def on_step_end(self, *args, **kwargs):
-            total = time.perf_counter() - self.start
+            total = now() - self.start
             theirs = {"sample": self.sampling, "reference": 0.0, "update": total - self.sampling, "total": total,
                       "tokens": self.tokens}
             found.append({"TRL": theirs, **{name: run(len(found)) for name, run in ours.items()}})
@@ -84,23 +99,23 @@ def rounds_beside_trl(ours, settings, config, tokenizer, rounds) -> list[dict]:
     rows = config.num_questions * config.num_principles * config.num_generations
     with tempfile.TemporaryDirectory() as directory:
         trainer = trl.GRPOTrainer(
-            policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))[0],
+            model,
             reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
             args=trl.GRPOConfig(
                 directory, per_device_train_batch_size=rows, num_generations=config.num_generations,
                 max_completion_length=config.max_completion_length, temperature=config.temperature,
-                max_steps=rounds + 1, learning_rate=0.0, bf16=False, use_cpu=True, shuffle_dataset=False,
+                max_steps=rounds + 1, learning_rate=0.0, shuffle_dataset=False,
                 report_to="none", logging_steps=10**9, save_strategy="no", disable_tqdm=True, **settings,
             ),
-            train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=copy.deepcopy(tokenizer),
-            callbacks=[turns],
+            train_dataset=Dataset.from_dict({"prompt": conversations(config, rounds + 1)}),
+            processing_class=copy.deepcopy(tokenizer), callbacks=[turns],
         )
         generate = trainer._generate
 
         def timed(*args, **kwargs):
-            start = time.perf_counter()
+            start = now()
             out = generate(*args, **kwargs)
-            turns.sampling, turns.tokens = time.perf_counter() - start, sum(map(len, out[1]))
+            turns.sampling, turns.tokens = now() - start, sum(map(len, out[1]))
             return out
 
         trainer._generate = timed
@@ -164,7 +179,8 @@ def main() -> None:
             ours = steppers({name: VARIANTS[name] for name in ("GRPO", "ENIGMA")}, extra)
             config = train.parse(["--principles", "-", *extra])
             for name, settings in TRL_VARIANTS.items():
-                found = rounds_beside_trl(ours, settings, config, tokenizer, args.rounds)
+                found = rounds_beside_trl(ours, {**ON_CPU, **settings}, config, copy.deepcopy(model), tokenizer,
+                                          args.rounds)
                 tables[name] = summarise(found, "TRL")
                 print_table(tables[name], "TRL", f"{name} {trl.__version__}")
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,280 @@
+"""What a step costs on one GPU, beside what the machine could do: models of Gemma-3-1B's and Llama-3.2-1B's shapes.
+
+    python benchmarks/gpu.py                                  # under eight minutes on an H200
+    python benchmarks/gpu.py --device cpu --shape small       # all of it on a toy, to see that it runs
+
+Weights are random (speed does not need trained ones), the prompts those of the embedded task, and no token ends a
+completion: all are --max-completion-length long. Flags not listed here go to train.py. The machine's limits first:
+
+    matmul     2 n^3 / seconds of a product of two random n x n matrices in the dtype of training
+    bandwidth  bytes read and written / seconds of a copy of a block much larger than the caches
+
+then, in one run, medians of --rounds after one that warms up:
+
+    decode share    (bytes of all weights that a token needs, once, + bytes of its rows' keys and values at their mean
+                    length, in the dtype of the products) / bandwidth / seconds of a token, prefill and capture included
+    training share  FLOP of `update` / its seconds / matmul. Counted: 6 per weight and token (head: completion tokens
+                    only), and 12 · heads · head_dim · length of what is attended to, per token and layer. Not counted:
+                    what is computed twice, as logits, and with --gradient-checkpointing activations, are
+
+A part that fails says why in its cell, and the rest goes on; gpu.json in --output-dir is written anew after each part.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig  # noqa: E402
+
+import policy  # noqa: E402
+import tiny  # noqa: E402
+import train  # noqa: E402
+from benchmarks import step  # noqa: E402
+from data import encode_prompts  # noqa: E402
+from grpo import group_advantages  # noqa: E402
+
+SHAPES = {
+    "gemma-3-1b": Gemma3TextConfig(
+        vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=256, sliding_window=512, query_pre_attn_scalar=256,
+    ),
+    "llama-3.2-1b": LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, tie_word_embeddings=True,
+    ),
+    "small": LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+}
+WORK = {False: "--num-questions 4 --num-principles 4 --num-generations 8 --max-completion-length 256 --micro-batch 128",
+        True: "--num-questions 2 --num-principles 2 --num-generations 2 --max-completion-length 8"}  # for small
+TRL_SETTINGS = {"TRL, defaults": {}, "TRL, best without a server": {
+    "gradient_checkpointing": False, "cache_implementation": "static", "optim": "adamw_torch_fused"}}
+
+
+class Bench:
+    """A model of one shape, and what is measured of it."""
+
+    def __init__(self, shape, device, flags, rounds, limits):
+        self.flags, self.config = flags, train.parse(["--principles", "-", *flags])
+        self.device, self.rounds, self.limits, self.bf16 = device, rounds, limits, device.type == "cuda"
+        torch.manual_seed(0)
+        self.start = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.float32).eval()  # on the CPU
+        self.tokenizer = tiny.make_tokenizer()
+        self.prompts = encode_prompts(self.tokenizer, step.conversations(self.config, 1))  # Q·K lists of token ids
+        self.rows = len(self.prompts) * self.config.num_generations
+
+    def configured(self, *flags) -> train.Config:
+        return train.parse(["--principles", "-", *self.flags, *flags])
+
+    def state(self, config):
+        """(policy, reference, optimiser), made as train.train makes them; the reference of LoRA is None."""
+        model = copy.deepcopy(self.start).to(self.device)
+        checkpointed = min(config.micro_batch, policy.ROWS_PER_FORWARD) if config.gradient_checkpointing else None
+        model.bf16, model.recompute_rows = self.bf16, checkpointed
+        if config.lora_rank:
+            model, reference = policy.add_lora(model, config.lora_rank, config.seed), None
+        else:
+            reference = copy.deepcopy(model).requires_grad_(False)
+        return model, reference, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=config.weight_decay)
+
+    def sample(self, model, config, number):
+        names = [f"{number} {n}" for n in range(len(self.prompts))]
+        shape = config.num_generations, config.max_completion_length
+        uniform = policy.uniform_numbers(names, *shape, device=self.device)  # [Q·K, G, T]
+        return policy.sample(model, self.prompts, uniform, config.temperature, [], 0, config.cuda_graphs)
+
+    def batch(self, out, config) -> train.Batch:
+        """What train.roll_out makes of completions; every other one is rewarded, and all of each is its CoT."""
+        shape = config.num_questions, config.num_principles, config.num_generations
+        tokens, mask = out.tokens.reshape(*shape, -1), out.mask.reshape(*shape, -1)  # [Q, K, G, T] both
+        rewards = (torch.arange(self.rows, device=self.device) % 2).float().reshape(shape)  # [Q, K, G]
+        size = min(config.ot_tokens, mask[0].numel())
+        cloud = torch.randperm(mask[0].numel())[:size].to(self.device).expand(shape[0], -1)  # [Q, n]
+        prompts = [self.prompts[q * shape[1] : (q + 1) * shape[1]] for q in range(shape[0])]
+        nothing = [None] * shape[0]
+        weights = torch.full(cloud.shape, 1 / size, device=self.device)  # [Q, n]
+        return train.Batch(
+            prompts, nothing, nothing, nothing, tokens, mask, mask, out.truncated.reshape(shape),
+            out.entropy.reshape(shape), rewards, group_advantages(rewards), cloud, weights,
+        )
+
+    def step(self, model, reference, optimizer, config, number) -> dict:
+        """Seconds of each phase of a step, as step.step gives them."""
+        clock = [step.now()]
+        batch = self.batch(self.sample(model, config, number), config)
+        clock.append(step.now())
+        with policy.at_start(model, reference) as start:
+            train.refer(start, batch, config)
+        clock.append(step.now())
+        train.update(model, optimizer, config, batch)
+        clock.append(step.now())
+        seconds = {phase: b - a for phase, a, b in zip(step.PHASES, clock, clock[1:])}
+        return {**seconds, "total": clock[-1] - clock[0], "tokens": int(batch.mask.sum())}
+
+    def measure_step(self, *flags) -> dict:
+        """Cells of a step of train.py with these flags besides."""
+        config = self.configured(*flags)
+        state = self.state(config)
+        rounds = [self.step(*state, config, number) for number in range(self.rounds + 1)][1:]
+        median = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+        cells = {f"{key}, s": round(median[key], 3) for key in (*step.PHASES, "total")}
+        cells["completion tokens/s"] = round(median["tokens"] / median["total"])
+        flop = self.training_flop(config)
+        cells["training TFLOP/s"] = round(flop / median["update"] / 1e12, 3)
+        cells["training share"] = round(flop / median["update"] / self.limits["matmul"], 3)
+        cells["peak GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 1) if self.bf16 else "no GPU"
+        return cells
+
+    def measure_decode(self, *flags) -> dict:
+        config = self.configured(*flags)
+        model, _, _ = self.state(config)
+        seconds = []
+        for number in range(self.rounds + 1):
+            clock = step.now()
+            self.sample(model, config, number)
+            seconds.append(step.now() - clock)
+        token = statistics.median(seconds[1:]) / config.max_completion_length
+        share = self.decode_bytes(config) / self.limits["bandwidth"] / token
+        return {"decode tokens/s": round(self.rows / token), "ms a token": round(1000 * token, 3),
+                "decode share": round(share, 3)}
+
+    def measure_trl(self, settings) -> dict:
+        """TRL's step and, in turn with it, our GRPO step with its defaults and with --cuda-graphs."""
+        import trl  # noqa: F401  absent: said before a model is made
+
+        state = self.state(self.config)
+        configs = {name: self.configured(*step.VARIANTS["GRPO"], *flags)
+                   for name, flags in {"GRPO": [], "GRPO --cuda-graphs": ["--cuda-graphs"]}.items()}
+        ours = {name: lambda number, c=config: self.step(*state, c, number) for name, config in configs.items()}
+        settings = {**settings, "generation_kwargs": {"min_new_tokens": self.config.max_completion_length}}
+        if not self.bf16:
+            settings |= step.ON_CPU
+        model = copy.deepcopy(self.start).to(self.device)
+        rounds = step.rounds_beside_trl(ours, settings, self.config, model, self.tokenizer, self.rounds)
+        table = step.summarise(rounds, "TRL")
+        cells = {f"{key}, s": round(table["TRL"][key], 3) for key in ("sample", "update", "total")}
+        return cells | {f"ours, {name}: times TRL": round(table[name]["ratio"], 3) for name in ours}
+
+    def decode_bytes(self, config) -> float:
+        """Bytes that one token of all rows must read: see the top of this file."""
+        shape, size = self.start.config, 2 if self.bf16 else 4
+        length = self.prompt_length() + config.max_completion_length / 2
+        states = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim  # numbers of one position
+        return size * (sum(p.numel() for p in self.start.parameters()) + self.rows * length * states)
+
+    def training_flop(self, config) -> float:
+        """Floating-point operations of `update` that are counted: see the top of this file."""
+        shape, prompt, new = self.start.config, self.prompt_length(), config.max_completion_length
+        head = shape.vocab_size * shape.hidden_size
+        body = sum(p.numel() for p in self.start.parameters()) - head  # both shapes tie head and embedding
+        completions = config.num_questions * train.rows_of_a_question(config) * new
+        prompts = len(self.prompts) * prompt
+        attention = 12 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+        attended = completions * (prompt + new / 2) + prompts * prompt / 2
+        return 6 * body * (completions + prompts) + 6 * head * completions + attention * attended
+
+    def prompt_length(self) -> float:
+        return statistics.mean(map(len, self.prompts))
+
+
+PARTS = {  # what cannot be known to run yet comes last: after an error on a GPU nothing else may run
+    "decode": lambda bench: bench.measure_decode(),
+    "GRPO": lambda bench: bench.measure_step(*step.VARIANTS["GRPO"]),
+    "ENIGMA": lambda bench: bench.measure_step(),
+    "ENIGMA --gradient-checkpointing": lambda bench: bench.measure_step("--gradient-checkpointing"),
+    "ENIGMA --lora-rank 16 --gradient-checkpointing":
+        lambda bench: bench.measure_step("--lora-rank", "16", "--gradient-checkpointing"),
+    "decode --cuda-graphs": lambda bench: bench.measure_decode("--cuda-graphs"),
+    "ENIGMA --cuda-graphs": lambda bench: bench.measure_step("--cuda-graphs"),
+} | {name: lambda bench, settings=settings: bench.measure_trl(settings) for name, settings in TRL_SETTINGS.items()}
+
+
+def machine_limits(device) -> dict:
+    """FLOP/s of a product and bytes/s of a copy: the best of ten, since these are ceilings."""
+    cuda = device.type == "cuda"
+    matrix = torch.randn(8192 if cuda else 512, 8192 if cuda else 512, device=device)  # [n, n]
+    matrix = matrix.bfloat16() if cuda else matrix
+    block = torch.zeros(2**30 if cuda else 2**24, device=device)  # 4 GB in float32
+    other = torch.empty_like(block)
+
+    def seconds(function):
+        times = []
+        for _ in range(11):
+            clock = step.now()
+            function()
+            times.append(step.now() - clock)
+        return min(times[1:])
+
+    return {"matmul": 2 * len(matrix) ** 3 / seconds(lambda: matrix @ matrix),
+            "bandwidth": 2 * block.nbytes / seconds(lambda: other.copy_(block))}
+
+
+def guarded(function, *arguments) -> dict:
+    """The cells that the function returns, or one that says why there are none."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        return function(*arguments)
+    except ImportError as error:
+        return {"": f"not measured: {error.name} is not installed"}
+    except Exception as error:  # whatever it is, the other parts can still be measured
+        reason = (str(error).strip() or "no message").splitlines()[0][:120]
+        return {"": f"failed: {type(error).__name__}: {reason}"}
+
+
+def print_table(results) -> None:
+    shapes = list(results["shapes"])
+    print("\n| | " + " | ".join(shapes) + " |\n" + "|---" * (1 + len(shapes)) + "|")
+    for part in PARTS:
+        columns = [results["shapes"][shape].get(part, {"": "not reached"}) for shape in shapes]
+        for label in dict.fromkeys(label for cells in columns for label in cells):
+            name = f"{part}: {label}" if label else part
+            print(f"| {name} | " + " | ".join(str(cells.get(label, "")) for cells in columns) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--shape", action="append", choices=list(SHAPES), help="may be repeated; default: the 1B ones")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=7, help="after these no further part is begun")
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs")
+    args, extra = parser.parse_known_args()  # what is left goes to train.py
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU is to be seen; --device cpu --shape small shows that the script runs")
+    end, device = time.perf_counter() + 60 * args.minutes, torch.device(args.device)
+    transformers.utils.logging.set_verbosity_error()
+    limits = machine_limits(device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    results = {"machine": name, "torch": torch.__version__, "transformers": transformers.__version__, **limits,
+               "shapes": {}}
+    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}: matmul "
+          f"{limits['matmul'] / 1e12:.2f} TFLOP/s, copy {limits['bandwidth'] / 1e9:.0f} GB/s")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for shape in args.shape or ["gemma-3-1b", "llama-3.2-1b"]:
+        bench = Bench(shape, device, [*WORK[shape == "small"].split(), *extra], args.rounds, limits)
+        cells = results["shapes"][shape] = {}
+        for part, measure in PARTS.items():
+            over = time.perf_counter() > end
+            cells[part] = {"": "left out: no time"} if over else guarded(measure, bench)
+            print(f"{shape}, {part}: {cells[part]}", file=sys.stderr, flush=True)
+            (args.output_dir / "gpu.json").write_text(json.dumps(results, indent=1))
+    print_table(results)
+
+
+if __name__ == "__main__":
+    main()
