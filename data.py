@@ -145,6 +145,10 @@ class DatasetConfig:
     question_field: str | None = _flag("where it is not question or source")
     answer_field: str | None = _flag("where it is not answer, or target beside source; optional, never rewarded")
 
+    @property
+    def is_hub_set(self):
+        return self.dataset is not None and Path(self.dataset).suffix.lower() not in FILE_KINDS
+
     def load_questions(self, limit, seed):
         """See the function; `limit` is how many questions the run can use."""
         fields = self.question_field, self.answer_field
