@@ -5,8 +5,8 @@
 
 The sets go from clearly distinct principles over paraphrases of one to strings without meaning. For each: SI and reach
 of the set by `metrics.py si`, before any training; then `train.py` with its defaults (full ENIGMA) and without the two
-other terms (GRPO alone), over seeds. Rank correlations are over sets, of means over seeds; their intervals are bootstrap
-intervals over sets and seeds. Steadiness of a run, from its metrics.jsonl:
+other terms (GRPO alone), over seeds. Rank correlations are over sets, of means over seeds; their intervals are
+bootstrap intervals over sets and seeds. Steadiness of a run, from its metrics.jsonl:
 
     reward_std   standard deviation of the reward over the last half of the steps
     grad_norm    mean gradient norm before clipping, all steps
