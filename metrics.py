@@ -423,8 +423,8 @@ class SiConfig(DatasetConfig):
         """Raises InputError for the first value that cannot be."""
         check_flags(self)
         _at_least(self, num_questions=2, max_completion_length=1, seed=0, select=2, propose=1, num_negatives=1)
-        if not 1e-9 <= self.temperature <= 1e9:
-            raise InputError(f"--temperature: got {self.temperature}; a number above 0 (1e-9 to 1e9) is accepted")
+        if not 1e-9 <= self.temperature < math.inf:
+            raise InputError(f"--temperature: got {self.temperature}; a number above 0 (1e-9 or more) is accepted")
         _check_written(self, out=".jsonl", json=".json")
 
 

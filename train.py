@@ -165,12 +165,12 @@ class Config(DatasetConfig):
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; {low} or more is accepted")
         for name in "learning_rate temperature max_grad_norm mi_temperature ot_eps".split():
-            if not 1e-9 <= getattr(self, name) <= 1e9:  # far outside, float32 would make 0 or inf of it
-                raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; a number above 0 (1e-9 to "
-                                 "1e9) is accepted")
+            if not 1e-9 <= getattr(self, name) < math.inf:  # 1e-300 is 0 in float32
+                raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; a number above 0 (1e-9 or "
+                                 "more) is accepted")
         for name in "weight_decay lambda_mi lambda_ot lambda_pref epsilon epsilon_high beta".split():
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1e9:
-                raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; 0 to 1e9 is accepted")
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; 0 or more is accepted")
         if self.seed >= 2**32:
             raise InputError(f"--seed: got {self.seed}; 0 to {2**32 - 1} is accepted")
         if self.epsilon > 1:

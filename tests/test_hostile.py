@@ -293,8 +293,8 @@ CASES = [
         ("--principles", ""), ("--dataset", ""), ("--preferences", ""), ("--output-dir", ""), ("--model", ""),
         ("--output-dir", "a\udcff"), ("--seed", "-1"), ("--seed", str(2**70)), ("--seed", "0.5"), ("--seed", "9" * 5000),
         ("--temperature", "nan"), ("--temperature", "inf"), ("--temperature", "1e-300"), ("--mi-temperature", "1e-300"),
-        ("--learning-rate", "nan"), ("--learning-rate", "1e300"), ("--lambda-mi", "inf"), ("--lambda-ot", "1e300"), ("--beta", "-0.0001"),
-        ("--ot-eps", "1e-300"), ("--max-grad-norm", "0"), ("--epsilon", "2"), ("--weight-decay", "nan"), ("--weight-decay", "1e300"), ("--num-questions", ""),
+        ("--learning-rate", "nan"), ("--learning-rate", "inf"), ("--lambda-mi", "inf"), ("--beta", "-0.0001"),
+        ("--ot-eps", "1e-300"), ("--max-grad-norm", "0"), ("--epsilon", "2"), ("--weight-decay", "nan"), ("--num-questions", ""),
         ("--num-questions", "two"), ("--max-steps", "-1"), ("--max-completion-length", str(10**30)), ("--eval-questions", str(10**9)),
         ("--num-generations", "1e3"), ("--lr-scheduler-type", ""), ("--loss-type", "GRPO"), ("--nonsense", "1"), ("--seed", ""),
     ]),
@@ -418,7 +418,7 @@ def test_as_commands(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, "cwd": tmp_path}
     runs = [subprocess.Popen([sys.executable, ROOT / name.strip(), *argv], **pipes) for name, argv in commands.items()]
-    ends = [(*run.communicate(timeout=300), run.returncode) for run in runs]
+    ends = [(*run.communicate(timeout=4 * SECONDS), run.returncode) for run in runs]
     for (_, error, status), told in zip(ends, ["is a pipe or a device", "model.safetensors"]):
         assert status == 2 and error.count("\n") == 1 and told in error, error
     assert not (tmp_path / "ran").exists(), "a pickle has run"
@@ -440,6 +440,6 @@ def test_a_model_that_breaks_down_in_training_is_no_traceback(flags, tiny_model)
         else:
             config = train.parse(["--principles", "p.txt", "--num-principles", "2", "--max-completion-length", "8", *flags])
             drawn = train.draw(tiny.make_questions(4, True), tiny.principles(), config, 0)
-            batch = train.roll_out(sound, tokenizer, *drawn, 2, config, torch.Generator().manual_seed(0))
+            batch = train.roll_out(sound, tokenizer, *drawn, 2, config, [q.text for q in drawn[0]])
             train.refer(sound, batch, config)
             train.update(model, optimizer, config, batch)
