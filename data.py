@@ -358,7 +358,7 @@ def _rows(source, config=None, split="train", seed=None):
     try:
         try:
             rows = datasets.load_dataset(**arguments)
-        except RuntimeError as error:  # a set with a loading script, CoT-Collection among them: the hub's conversion
+        except RuntimeError as error:  # a set with a loading script, as older ones have: the hub's conversion
             if "scripts are no longer supported" not in str(error):
                 raise
             rows = datasets.load_dataset(**arguments, revision="refs/convert/parquet")
