@@ -38,6 +38,10 @@ FORMAT_INSTRUCTION = "Write <reasoning>…</reasoning><answer>…</answer>."
 class InputError(ValueError):
     """A user's mistake, told in one line: `{file}:{line}: {what is wrong}; {what is accepted}`."""
 
+    def __str__(self):
+        text = super().__str__()
+        return text if text.isprintable() else repr(text)[1:-1]  # of a name with a newline, say
+
 
 @dataclass(frozen=True)
 class Principle:
@@ -117,12 +121,8 @@ def load_questions(source, question_field=None, answer_field=None, config=None, 
     for where, row in _rows(source, config, split, None if is_file else seed):
         question = question_field or ("source" if "question" not in row and "source" in row else "question")
         answer = answer_field or ("target" if question == "source" else "answer")
-        if type(row.get(answer)) in (int, float) and abs(row[answer]) != math.inf:  # 1e999 parses as inf
-            row[answer] = str(row[answer])
-        text, found = _text(where, row, question), None
-        if answer in row or answer_field:
-            found = _text(where, row, answer, "a non-empty string or a number")
-            found = found.rpartition("####")[2].strip() or found
+        text = _text(where, row, question)
+        found = _answer(where, row, answer) if answer in row or answer_field else None
         questions.setdefault(text, Question(text, found))
         if not is_file and len(questions) == limit:
             break
@@ -145,6 +145,10 @@ class DatasetConfig:
     question_field: str | None = _flag("where it is not question or source")
     answer_field: str | None = _flag("where it is not answer, or target beside source; optional, never rewarded")
 
+    @property
+    def is_hub_set(self):
+        return self.dataset is not None and Path(self.dataset).suffix.lower() not in FILE_KINDS
+
     def load_questions(self, limit, seed):
         """See the function; `limit` is how many questions the run can use."""
         fields = self.question_field, self.answer_field
@@ -157,7 +161,7 @@ def load_preferences(source):
     TRL's preference formats: `prompt`, `chosen`, `rejected`, each a string, or each a list of {"role", "content"}
     messages with one assistant message as the response. Without `prompt` the common beginning of chosen and rejected
     is the prompt. Strings are used as they stand; messages go through the chat template. `answer` is optional, as for
-    questions; other keys are ignored.
+    questions; other keys, of a message too, are ignored.
     Raises InputError for a row it cannot take, or a source it cannot read.
     """
     pairs = [_preference(where, row) for where, row in _rows(source)]
@@ -193,37 +197,28 @@ def build_messages(question_text, principle_text):
     return [{"role": "user", "content": content}]
 
 
-def encode_prompts(tokenizer, conversations, max_length=None):
+def encode_prompts(tokenizer, conversations, max_length=None, places=None):
     """Token ids, a list of int for each conversation (a list of chat messages), up to the model's turn.
 
     They start with one BOS where the chat template or the tokenizer writes one; never with two.
     Raises InputError for a tokenizer without chat template, a prompt of more than `max_length` tokens (a cut
-    could lose its principle), and a text with a control token such as "<end_of_turn>", which would forge a
-    turn. Refused, not escaped: the model should read what the file says, and no escape suits every tokenizer.
+    could lose its principle), and a text in which the tokenizer reads a control token such as "<end_of_turn>", which
+    would forge a turn. Refused, not escaped: the model should read what the file says, and no escape suits every
+    tokenizer. Anything else is text: a tag such as </reasoning> too, for reward and scores read completions only.
+    An error names the conversation by its question and principle, or by its place in `places`.
     """
-    try:
-        tokenizer.get_chat_template()
-    except ValueError:
-        raise InputError(f"tokenizer {tokenizer.name_or_path!r}: has no chat template; one from an "
-                         "instruction-tuned model, or with chat_template set, is accepted") from None
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    control = sorted({*tokenizer.all_special_tokens, *added})
+    control = _control_tokens(tokenizer)
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     prompts = []
-    for conversation in conversations:
+    for number, conversation in enumerate(conversations):
         content = "\n".join(message["content"] for message in conversation)
         question, _, rest = content.partition("\n\nPrinciple: ")
         principle = rest.partition("\n")[0]
-        where = f"question {_short(question)}, principle {_short(principle)}"
-        for token in control:
-            if token in content and token not in FORMAT_INSTRUCTION:  # <answer> as a token forges no turn
-                raise InputError(f"{where}: contains {token!r}, a control token of the tokenizer; "
-                                 "text without control tokens is accepted")
-        # This call adds no special tokens: a BOS in it is the template's. Thinking is off for Qwen-3's sake
-        # (others ignore it): with a <think> block first, no completion would earn the format reward.
-        ids = tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=True, return_dict=False, enable_thinking=False)
+        where = places[number] if places else f"question {_short(question)}, principle {_short(principle)}"
+        _refuse_control(where, tokenizer, control, tokenizer(content, add_special_tokens=False)["input_ids"])
+        text = render(tokenizer, conversation, where, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # so a BOS in it is the template's
         if adds_bos and bos not in ids:
             ids = [bos, *ids]
         while bos is not None and ids[:2] == [bos, bos]:
@@ -234,26 +229,59 @@ def encode_prompts(tokenizer, conversations, max_length=None):
     return prompts
 
 
+def render(tokenizer, conversation, where, **options):
+    """The text that the chat template makes of a conversation; raises InputError, with `where`, where it makes none."""
+    try:
+        tokenizer.get_chat_template()
+    except ValueError:
+        raise InputError(f"tokenizer {tokenizer.name_or_path!r}: has no chat template; one from an "
+                         "instruction-tuned model, or with chat_template set, is accepted") from None
+    # Thinking is off for Qwen-3's sake (others ignore it): with a <think> block first, no completion would earn the
+    # format reward.
+    try:
+        text = tokenizer.apply_chat_template(conversation, tokenize=False, enable_thinking=False, **options)
+    except Exception as error:  # a template is a program: it may raise anything
+        raise InputError(f"{where}: the chat template refuses it ({error}); roles and an order of turns that it knows "
+                         "are accepted") from None
+    if conversation[-1]["content"].strip() not in text:
+        raise InputError(f"{where}: the chat template loses the text; one that writes every message is accepted")
+    return text
+
+
+def _control_tokens(tokenizer):
+    """Ids that make a turn or an end where the tokenizer reads them; a tag of the format that is one makes neither."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special -= {tokenizer.unk_token_id, *tokenizer(FORMAT_INSTRUCTION, add_special_tokens=False)["input_ids"]}
+    return special | {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}  # GPT-2's unknown token is its end too
+
+
+def _refuse_control(where, tokenizer, control, ids):
+    if found := control.intersection(ids):
+        token = min(tokenizer.convert_ids_to_tokens(list(found)))
+        raise InputError(f"{where}: contains {token!r}, a control token of the tokenizer; "
+                         "text without control tokens is accepted")
+
+
 def encode_preferences(tokenizer, pairs, end, max_length=None):
     """(prompt, chosen, rejected) token ids of each pair; both responses end with the token `end`.
 
     Messages become a prompt as in `encode_prompts`. Strings are tokenised as they stand, after one BOS if the tokenizer
-    writes one. Raises InputError, naming the pair's file and line, for what `encode_prompts` refuses and for a pair of
-    more than `max_length` tokens.
+    writes one: the control tokens of such a prompt are its author's own chat format. Raises InputError, naming the
+    pair's file and line, for what `encode_prompts` refuses, for a control token in a response, which has one turn, and
+    for a pair of more than `max_length` tokens.
     """
-    encoded = []
+    control, encoded = _control_tokens(tokenizer), []
+    chats = [pair for pair in pairs if not isinstance(pair.prompt, str)]
+    prompts = iter(encode_prompts(tokenizer, [pair.prompt for pair in chats], places=[pair.where for pair in chats]))
     for pair in pairs:
-        try:
-            if isinstance(pair.prompt, str):
-                prompt = tokenizer(pair.prompt)["input_ids"]
-                while tokenizer.bos_token_id is not None and prompt[:2] == [tokenizer.bos_token_id] * 2:
-                    prompt = prompt[1:]
-            else:
-                prompt = encode_prompts(tokenizer, [pair.prompt])[0]
-        except InputError as error:
-            raise InputError(f"{pair.where}: {error}") from None
-        texts = [pair.chosen, pair.rejected]
-        responses = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in texts]
+        prompt = tokenizer(pair.prompt)["input_ids"] if isinstance(pair.prompt, str) else next(prompts)
+        while tokenizer.bos_token_id is not None and prompt[:2] == [tokenizer.bos_token_id] * 2:
+            prompt = prompt[1:]
+        responses = []
+        for side, text in ("chosen", pair.chosen), ("rejected", pair.rejected):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            _refuse_control(f"{pair.where}: {side} {_short(text)}", tokenizer, control, ids)
+            responses.append([*ids, end])
         length = len(prompt) + max(map(len, responses))
         if len(prompt) < 2 or (max_length is not None and length > max_length):
             raise InputError(f"{pair.where}: {_short(pair.text)} and its longer response have {length} tokens, the "
@@ -263,9 +291,8 @@ def encode_preferences(tokenizer, pairs, end, max_length=None):
 
 
 def _preference(where, row):
-    chosen, rejected, prompt = row.get("chosen"), row.get("rejected"), row.get("prompt")
-    for field in ("chosen", "rejected", *(["prompt"] if prompt is not None else [])):
-        _check_conversation(where, row, field)
+    chosen, rejected = _conversation(where, row, "chosen"), _conversation(where, row, "rejected")
+    prompt = None if row.get("prompt") is None else _conversation(where, row, "prompt")
     if len({type(value) for value in (chosen, rejected, prompt) if value is not None}) > 1:
         raise InputError(f"{where}: prompt, chosen and rejected mix text and messages; one kind is accepted")
     if chosen == rejected:
@@ -284,21 +311,23 @@ def _preference(where, row):
         if not value or (isinstance(value, str) and not value.strip()):
             raise InputError(f"{where}: {field} is empty; text or messages are accepted (without the key prompt, "
                              "chosen and rejected must begin alike and then differ)")
-    answer = row.get("answer")
-    return Preference(prompt, chosen, rejected, None if answer is None else str(answer), where)
+    answer = None if row.get("answer") is None else _answer(where, row, "answer")
+    return Preference(prompt, chosen, rejected, answer, where)
 
 
-def _check_conversation(where, row, field):
-    """Raises InputError unless row[field] is text or a list of messages."""
+def _conversation(where, row, field):
+    """row[field]: text as it stands, or messages, of which role and content are kept."""
     accepted = 'text or a list of {"role", "content"} messages'
     if not isinstance(row.get(field), list):
         _text(where, row, field, accepted)
-        return
+        return row[field]
     for message in row[field]:
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             raise InputError(f"{where}: {field} holds {_short(message)}; {accepted} is accepted")
-        for key in ("role", "content"):
-            _text(where, message, key)
+        _text(where, message, "content")
+        if not re.fullmatch(r"\w+", _text(where, message, "role")):  # a template may write it as it stands
+            raise InputError(f"{where}: role is {_short(message['role'])}; a word such as user is accepted")
+    return [{"role": message["role"], "content": message["content"]} for message in row[field]]
 
 
 FILE_KINDS = {".jsonl": None, ".parquet": "parquet", ".csv": "csv"}  # ending -> what `datasets` calls it
@@ -309,6 +338,7 @@ def _rows(source, config=None, split="train", seed=None):
 
     With a seed a data set of the hub is streamed and shuffled. A cell without a value is left out of its row.
     """
+    _check_kind(source)
     ending = Path(source).suffix.lower()
     if ending == ".jsonl":
         for where, line in _lines(source, ".jsonl"):
@@ -319,6 +349,8 @@ def _rows(source, config=None, split="train", seed=None):
     except ImportError:
         raise InputError(f"{_name(source)}: needs the library datasets (pip install datasets); a .jsonl file is "
                          "accepted without it") from None
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told below
     if ending in FILE_KINDS:
         arguments = {"path": FILE_KINDS[ending], "data_files": str(source), "split": "train"}
     else:
@@ -365,6 +397,7 @@ def _lines(path, *endings):
     """Yield ("file:number", text) of each line that is not blank."""
     _check_ending(path, *endings)
     where = _name(path)
+    _check_kind(path)
     try:
         with open(path, "rb") as file:  # bytes: str.splitlines would split at U+2028, legal in a JSON string
             for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
@@ -419,6 +452,29 @@ def _text(where, row, field, accepted="a non-empty string"):
     if bad := re.search("[\0\ud800-\udfff]", value):  # JSON can spell lone surrogates, UTF-8 cannot
         raise InputError(f"{where}: {field} contains {bad[0]!r}; Unicode text without NUL is accepted")
     return value.strip()
+
+
+def _answer(where, row, field):
+    """The text of an answer; of GSM8K's "working #### 5" the 5."""
+    value = row.get(field)
+    if type(value) is int or (type(value) is float and math.isfinite(value)):  # 1e999 parses as inf
+        row = row | {field: str(value)}
+    text = _text(where, row, field, "a non-empty string or a number")
+    return text.rpartition("####")[2].strip() or text
+
+
+def check_flags(config):
+    """Raises InputError for a setting that is an empty text, such as that of `--dataset "$FILE"` without a FILE."""
+    for name, value in vars(config).items():
+        if isinstance(value, str):
+            flag = f"--{name.replace('_', '-')}"
+            _text("the command line", {flag: value}, flag)
+
+
+def _check_kind(path):
+    """Raises InputError for what could be read without end, or would wait for a writer: a device, a pipe."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise InputError(f"{_name(path)}: is a pipe or a device; a file is accepted")
 
 
 def _check_ending(path, *endings):

@@ -77,19 +77,22 @@ def group_advantages(rewards, scale="none"):
     std (ddof 1) and TRL's 1e-4. A group whose rewards are all equal gets zeros, so it teaches nothing; with
     "none" so does a group of one.
 
-    Raises ValueError for rewards that are not floating point, an empty group, an unknown scale, or
-    scale="std" with G = 1, where no unbiased std exists.
+    Raises ValueError for rewards that are not floating point or not finite (or whose squares overflow, with
+    "std"), an empty group, an unknown scale, or scale="std" with G = 1, where no unbiased std exists.
     """
     if scale not in ("none", "std"):
         raise ValueError(f'group_advantages: expected scale "none" or "std", got {scale!r}')
     if not rewards.is_floating_point() or rewards.dim() == 0 or rewards.shape[-1] == 0:
         raise ValueError(f"group_advantages: expected floating [..., G], G >= 1, got {_describe(rewards)}")
-    advantages = rewards - rewards.mean(-1, keepdim=True)  # [..., G]
-    if scale == "none":
-        return advantages
-    if rewards.shape[-1] == 1:
+    if scale == "std" and rewards.shape[-1] == 1:
         raise ValueError('group_advantages: scale="std" expected G >= 2, got G = 1: one reward has no std')
-    return advantages / (rewards.std(-1, keepdim=True) + 1e-4)  # [..., G]
+    shifted = rewards - rewards[..., :1]  # [..., G]  the mean of equal rewards, 1e6 say, is rounded; that of zeros not
+    advantages = shifted - shifted.mean(-1, keepdim=True)  # [..., G]
+    spread = advantages if scale == "none" else shifted.std(-1, keepdim=True)  # [..., G] or [..., 1]
+    if not spread.isfinite().all():
+        got = f"{rewards.min().item()} to {rewards.max().item()}"
+        raise ValueError(f'group_advantages: expected finite rewards (with "std" finite squares too), got {got}')
+    return advantages if scale == "none" else advantages / (spread + 1e-4)  # [..., G]
 
 
 def kl_k3(logp, ref_logp):
@@ -98,7 +101,7 @@ def kl_k3(logp, ref_logp):
     exp(d) - d - 1 with d = ref_logp - logp at the sampled tokens. Its value is unbiased where they come
     from the policy. Its gradient (1 - exp(d) for logp, the samples held fixed) is then that of the other
     direction, KL(reference || policy). Above 20 d counts as 20; at ref_logp = -inf the value is inf, the
-    gradient finite. Half precision is computed in float32.
+    gradient finite; NaN stays NaN. Half precision is computed in float32.
 
     Raises ValueError unless both are floating point and of one shape.
     """
@@ -122,16 +125,19 @@ def grpo_loss(logp, old_logp, advantages, mask, *, level="sequence", normalizer=
 
     loss: 0-dim. A sequence with an empty mask adds zero, and is still one of the N. If all are empty the
     loss is 0 with a zero gradient. "token" divides by the tokens of this call, so splitting a batch changes
-    it; the other two are means over sequences. NaN at a token that counts gives NaN.
+    it; the other two are means over sequences. logp = -inf, a token that the policy would not write any more,
+    is a ratio of 0, in value and gradient.
 
     stats: 0-dim, detached; means over the sequences or tokens (by level) that count, 0 where none does:
         ratio_mean, ratio_max
         clip_fraction  share where the clipped branch is chosen, so that the policy gradient is stopped
         approx_kl      k3 for KL(old policy || policy), mean over tokens, nats per token
         kl             k3 for KL(policy || reference), mean over tokens, nats per token; only with ref_logp
+    The last two are inf where a token is impossible under logp or ref_logp.
 
     Half precision is computed in float32. Raises ValueError for other shapes, dtypes or options, N or T of 0,
-    clip_low outside [0, 1], clip_high or beta < 0, beta > 0 without ref_logp, "constant" without max_tokens.
+    clip_low outside [0, 1], clip_high or beta < 0, beta > 0 without ref_logp, "constant" without max_tokens, and
+    for a loss that is not finite: NaN at a token that counts, say, or ref_logp = -inf with beta > 0.
     """
     _check_options(level, normalizer, clip_low, clip_high, max_tokens, ref_logp, beta)
     if logp.dim() != 2 or logp.numel() == 0:
@@ -180,6 +186,9 @@ def grpo_loss(logp, old_logp, advantages, mask, *, level="sequence", normalizer=
         loss = per_token.sum() / length.sum().clamp(min=1)  # []
     else:
         loss = per_token.sum() / (len(per_token) * max_tokens)  # []
+    if not loss.isfinite():  # NaN must not train on
+        raise ValueError("grpo_loss: expected finite log-probabilities and advantages where the mask is set, "
+                         f"got a loss of {loss.item()}")
     return loss, stats
 
 

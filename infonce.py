@@ -24,8 +24,9 @@ p(y | c) we tried, a free logit per entry, a step raised I(C; Y) for every row a
 K = 2 and most at K = 3 and 4. Neither is a theorem: tests/test_infonce.py holds a counter-example to each.
 
 Limits. K = 1: loss 0. -inf off the diagonal, a candidate of probability zero: fine in value and gradient.
--inf on the diagonal: inf, or NaN if that whole row (column) is -inf; NaN gives NaN. The caller must detect
-both. Half precision is computed in float32; better, sum log-probabilities in float32 to begin with.
+-inf on the diagonal, a completion that its own principle could not have written, is a ValueError, and so are
+NaN and +inf anywhere: no loss would be finite. Half precision is computed in float32; better, sum
+log-probabilities in float32 to begin with.
 
 To copy: needs torch only. `python -m doctest infonce.py` runs this example:
 
@@ -51,7 +52,8 @@ def row_info_nce(scores):
     Gradient: d row[i] / d scores[i, j] = softmax_j(scores[i, :])[j] - 1[i = j]. A constant added to a row
     changes nothing, so how likely a completion is overall does not matter.
 
-    Raises ValueError unless scores is floating point, not empty, and square in its last two dimensions.
+    Raises ValueError unless scores is floating point, not empty, square in its last two dimensions, finite on the
+    diagonal, and finite or -inf elsewhere.
     """
     square = scores.dim() >= 2 and scores.shape[-1] == scores.shape[-2] and scores.numel() > 0
     if not square or not scores.is_floating_point():
@@ -59,7 +61,11 @@ def row_info_nce(scores):
         raise ValueError(f"InfoNCE: expected floating point scores [..., K, K], not empty, got {got}")
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # [..., K, K]
     # Not logsumexp - diagonal: in float32, near scores of -500, that difference comes in steps of 3e-5.
-    return -scores.log_softmax(-1).diagonal(dim1=-2, dim2=-1)  # [..., K]
+    losses = -scores.log_softmax(-1).diagonal(dim1=-2, dim2=-1)  # [..., K]
+    if not losses.isfinite().all():
+        got = f"{scores.min().item()} to {scores.max().item()}"
+        raise ValueError(f"InfoNCE: expected scores that are finite on the diagonal, finite or -inf off it, got {got}")
+    return losses
 
 
 def column_info_nce(scores):
@@ -83,11 +89,11 @@ def mi_lower_bound(losses, num_candidates):
     temperature, no top-k, no top-p); with any other critic its expectation is at most I(C; Y). It cannot
     exceed log K. No bound from column losses (see the module docstring). Source: van den Oord et al. 2018.
 
-    Raises ValueError if losses is empty or not floating point, or num_candidates < 1.
+    Raises ValueError if losses is empty, not floating point or not finite, or num_candidates < 1.
     """
-    if not losses.is_floating_point() or losses.numel() == 0:
+    if not losses.is_floating_point() or losses.numel() == 0 or not losses.isfinite().all():
         got = f"{losses.dtype} of shape {list(losses.shape)}"
-        raise ValueError(f"mi_lower_bound: expected floating point losses, not empty, got {got}")
-    if num_candidates < 1:
+        raise ValueError(f"mi_lower_bound: expected floating point losses, finite and not empty, got {got}")
+    if not 1 <= num_candidates < math.inf:
         raise ValueError(f"mi_lower_bound: expected num_candidates >= 1, got {num_candidates}")
     return math.log(num_candidates) - losses.mean()  # []

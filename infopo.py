@@ -79,8 +79,8 @@ def infopo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1
     beta                                 > 0, reward per nat of log-ratio
 
     loss: 0-dim, mean over pairs. 0 at the reference, negative when all is well, with no floor in its inputs.
-    A rejected response of probability zero (-inf) is fine in value and gradient; a chosen one gives inf, and
-    NaN gives NaN: the caller must detect both. Half precision is computed in float32.
+    A rejected response of probability zero (-inf) is fine in value and gradient, and shows in the statistics.
+    Half precision is computed in float32.
 
     stats: 0-dim, detached, means over pairs:
         logratio_chosen, logratio_rejected  nats
@@ -89,7 +89,8 @@ def infopo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1
         accuracy                            share with margin > 0; a tie is wrong, so 0 at the reference
         weight_rejected                     of the rejected's gradient: beta * exp(min(reward_rejected, 20))
 
-    Raises ValueError for other shapes or dtypes, N = 0, a beta not positive and finite.
+    Raises ValueError for other shapes or dtypes, N = 0, a beta not positive and finite, and for a loss that is
+    not finite: of a chosen response of probability zero, of NaN.
     """
     arguments = (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     chosen, rejected = _log_ratios("infopo_loss", *arguments, beta)  # [N], [N]
@@ -100,6 +101,7 @@ def infopo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1
     exp = reward_rejected.clamp(max=MAX_REWARD).exp()  # [N]  the slope, on both sides of the cut
     tangent = 1 + (reward_rejected - MAX_REWARD).relu()  # [N]  clamp(min=0) has slope 1 at the cut: twice
     loss = (exp * tangent - f_chosen).mean()  # []
+    _check_finite("infopo_loss", loss)
     return loss, _stats(chosen, rejected, beta, weight_rejected=beta * exp)
 
 
@@ -115,6 +117,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1)
     chosen, rejected = _log_ratios("dpo_loss", *arguments, beta)  # [N], [N]
     margin = beta * (chosen - rejected)  # [N]
     loss = -torch.nn.functional.logsigmoid(margin).mean()  # []
+    _check_finite("dpo_loss", loss)
     return loss, _stats(chosen, rejected, beta, weight_rejected=beta * torch.sigmoid(-margin))
 
 
@@ -125,13 +128,16 @@ def sequence_logp(logp, mask, length_normalized=False):
     mask               [..., T]  bool or 0/1: the completion tokens. Elsewhere anything may stand, even NaN
     length_normalized            divide by the number of tokens. An empty mask gives 0 either way
 
-    Half precision is computed in float32. Raises ValueError for other shapes or dtypes.
+    Half precision is computed in float32. Raises ValueError for other shapes or dtypes, and for NaN or +inf at a
+    token that counts; -inf there, a token of probability zero, gives -inf.
     """
     if logp.dim() == 0 or not logp.is_floating_point() or logp.shape != mask.shape:
         got = f"{_describe(logp)} and {_describe(mask)}"
         raise ValueError(f"sequence_logp: expected floating point logp and a mask, both [..., T], got {got}")
     mask = mask.bool()  # [..., T]
     total = torch.where(mask, _upcast(logp), 0.0).sum(-1)  # [...]  not mask * logp: NaN * 0 is NaN
+    if not (total < math.inf).all():  # nor is NaN
+        raise ValueError("sequence_logp: expected log-probabilities without NaN and +inf where the mask is set")
     return total / mask.sum(-1).clamp(min=1) if length_normalized else total  # [...]
 
 
@@ -149,6 +155,11 @@ def _log_ratios(name, policy_chosen, policy_rejected, ref_chosen, ref_rejected, 
     chosen = _upcast(policy_chosen) - _upcast(ref_chosen.detach())  # [N]
     rejected = _upcast(policy_rejected) - _upcast(ref_rejected.detach())  # [N]
     return chosen, rejected
+
+
+def _check_finite(name, loss):
+    if not loss.isfinite():  # NaN must not train on
+        raise ValueError(f"{name}: expected finite log-probabilities, got a loss of {loss.item()}")
 
 
 def _stats(chosen, rejected, beta, weight_rejected):

@@ -44,6 +44,7 @@ from data import (
     InputError,
     Principle,
     build_messages,
+    check_flags,
     encode_prompts,
     load_principles,
     save_principles,
@@ -230,7 +231,7 @@ def answer_is_right(text: str, answer: str) -> bool:
     """
     found = text.rpartition("<answer>")[2].partition("</answer>")[0]
     expected = _numbers(answer)
-    if len(expected) == 1 and re.fullmatch(r"\W*[-+]?[\d.,]+\W*", answer):
+    if len(expected) == 1 and re.fullmatch(r"\W*+[\d.,]++\W*+", answer):
         return _numbers(found)[-1:] == expected
     return found.strip().strip(".").casefold() == answer.strip().strip(".").casefold()
 
@@ -420,12 +421,11 @@ class SiConfig(DatasetConfig):
 
     def check(self) -> None:
         """Raises InputError for the first value that cannot be."""
+        check_flags(self)
         _at_least(self, num_questions=2, max_completion_length=1, seed=0, select=2, propose=1, num_negatives=1)
-        if not 0 < self.temperature < math.inf:
-            raise InputError(f"--temperature: got {self.temperature}; a number above 0 is accepted")
-        if self.out is not None and not self.out.lower().endswith(".jsonl"):
-            raise InputError(f"--out: got {self.out}; a file that ends in .jsonl is accepted")
-        _check_folders(out=self.out, json=self.json)
+        if not 1e-9 <= self.temperature <= 1e9:
+            raise InputError(f"--temperature: got {self.temperature}; a number above 0 (1e-9 to 1e9) is accepted")
+        _check_written(self, out=".jsonl", json=".json")
 
 
 class Chain(NamedTuple):
@@ -888,8 +888,9 @@ class GeometryConfig(DatasetConfig):
 
     def check(self) -> None:
         """Raises InputError for the first value that cannot be."""
+        check_flags(self)
         _at_least(self, num_questions=1, num_tokens=2, max_completion_length=1, seed=0)
-        _check_folders(json=self.json)
+        _check_written(self, json=".json")
 
 
 @torch.no_grad()
@@ -1120,14 +1121,23 @@ def _at_least(config, **lowest) -> None:
         value = getattr(config, name)
         if value is not None and value < low:
             raise InputError(f"--{name.replace('_', '-')}: got {value}; {low} or more is accepted")
+    if config.seed >= 2**32:
+        raise InputError(f"--seed: got {config.seed}; 0 to {2**32 - 1} is accepted")
 
 
-def _check_folders(**files) -> None:
-    """Raises InputError for a file that could not be written: at once, not after an hour of sampling."""
-    for flag, name in files.items():
-        if name is not None:
-            if Path(name).is_dir() or not os.access(Path(name).parent, os.W_OK):
-                raise InputError(f"--{flag}: {name} cannot be written; a file in a writable folder is accepted")
+def _check_written(config, **endings) -> None:
+    """Raises InputError for a file that could not, or must not, be written: at once, not after an hour of sampling."""
+    for name, ending in endings.items():
+        path = getattr(config, name)
+        if path is None:
+            continue
+        if not path.lower().endswith(ending):
+            raise InputError(f"--{name}: got {path}; a file that ends in {ending} is accepted")
+        if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
+            raise InputError(f"--{name}: {path} cannot be written; a file in a writable folder is accepted")
+        for read in (config.principles, config.dataset):
+            if read and os.path.exists(read) and os.path.exists(path) and os.path.samefile(read, path):
+                raise InputError(f"--{name}: {path} is read by this command; another file is accepted")
 
 
 def _write_aside(path, write) -> None:
@@ -1201,11 +1211,12 @@ def main(argv=None) -> int:
     try:
         command, config = parse(argv)
         command(config)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows ASCII only
     sys.exit(main())

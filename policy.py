@@ -70,9 +70,21 @@ def load_model(name: str, device, bf16: bool = False, recompute_rows: int | None
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below
         )
+        if lost := sorted(info["missing_keys"]) + sorted(str(m[0]) for m in info["mismatched_keys"]):
+            raise ValueError(f"{len(lost)} tensors are missing or of another shape, the first is {lost[0]}")
+        if tokenizer.vocab_size > len(model.get_input_embeddings().weight):
+            raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, the model fewer")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("its tokenizer names no end token")
+        eos_ids(model, tokenizer)
+        model = model.to(device).eval()  # eval for good: no dropout, and the cache stays on
+        check_model(model)
+    except torch.OutOfMemoryError:  # not the folder's fault
+        raise
     except Exception as error:  # the library raises OSError, ValueError, KeyError, SafetensorError, … for bad folders
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
@@ -86,8 +98,6 @@ def load_model(name: str, device, bf16: bool = False, recompute_rows: int | None
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
         print(f"--model {name} has no chat template: it is prompted by 'User: …' and 'Assistant:'", flush=True)
-    model = model.to(device).eval()  # eval for good: no dropout, and the cache stays on
-    check_model(model)
     model.bf16, model.recompute_rows = bf16, recompute_rows
     return model, tokenizer
 
@@ -193,11 +203,18 @@ def _at_least_float32(tensor):
 
 
 def check_model(model) -> None:
-    """Raises ValueError for an architecture whose logits `head` would get wrong (some scale them in their forward)."""
+    """Raises ValueError for weights or logits that are not finite, and for an architecture whose logits `head` would
+    get wrong (some scale them in their forward)."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"its weights {name} are not finite")
     ids = torch.arange(1, 9, device=model.device)[None]  # [1, 8]
     with torch.no_grad():
         hidden = model.get_decoder()(input_ids=ids).last_hidden_state  # [1, 8, d]
-        if not torch.allclose(head(model, hidden), model(input_ids=ids).logits.float(), rtol=1e-2, atol=1e-2):
+        logits = head(model, hidden)  # [1, 8, V]
+        if not logits.isfinite().all():
+            raise ValueError("its logits are not finite")
+        if not torch.allclose(logits, model(input_ids=ids).logits.float(), rtol=1e-2, atol=1e-2):
             raise ValueError(f"{type(model).__name__} treats its logits in a way that policy.head does not know")
 
 

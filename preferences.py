@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from data import encode_preferences
+from data import encode_preferences, render
 from grpo import format_reward
 from infopo import dpo_loss, infopo_loss, sequence_logp
 from metrics import answer_is_right
@@ -64,7 +64,8 @@ def turn_end(model, tokenizer) -> int:
     ends = set(eos_ids(model, tokenizer))
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     if tokenizer.chat_template:
-        written = [t for t in tokenizer.apply_chat_template(turns, return_dict=False) if t in ends]
+        text = render(tokenizer, turns, "a turn of user and assistant")
+        written = [t for t in tokenizer(text, add_special_tokens=False)["input_ids"] if t in ends]
         if written:
             return written[-1]
     return tokenizer.eos_token_id

@@ -30,7 +30,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import Preference, Principle, Question, build_messages, encode_prompts
+from data import InputError, Preference, Principle, Question, build_messages, encode_prompts
 from grpo import format_reward
 from metrics import answer_is_right, sufficiency_index
 from policy import cot_mask, eos_ids, hidden_states, log_probs, sample, uniform_numbers
@@ -38,6 +38,7 @@ from policy import cot_mask, eos_ids, hidden_states, log_probs, sample, uniform_
 MODEL_DIR = Path(__file__).resolve().parent / "tiny-model"
 GUESS = 0.35
 FORMAT = {"guess": 0.80, "work": 0.30}
+MOST = 2**15  # different questions; the held-out part has about 10**5, and would take ever longer to exhaust
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The problems
@@ -85,6 +86,7 @@ def make_problem(rng: random.Random, held_out: bool = False) -> Problem:
 
 def make_questions(num: int, held_out: bool, seed: int = 0) -> list[Question]:
     """`num` different questions with their answers, from the training part or from the held-out part."""
+    _check_number(num)
     rng, seen = random.Random(f"{seed} {held_out}"), {}
     while len(seen) < num:
         problem = make_problem(rng, held_out)
@@ -224,12 +226,18 @@ def write_example(rng: random.Random, held_out: bool = False) -> tuple[list[dict
     return build_messages(problem.text, text), write_completion(rng, problem, rate, style)
 
 
+def _check_number(num: int) -> None:
+    if num > MOST:
+        raise InputError(f"{num} different questions of the embedded task; at most {MOST} are accepted")
+
+
 def make_pairs(num: int, held_out: bool, seed: int = 0) -> list[Preference]:
     """`num` preference pairs of different questions: the chosen response reasons rightly, the rejected one does not.
 
     One half of the rejected guess, the other half make a slip in one of the two steps and go on from there. Both
     responses of a pair have the same shape, well-formed or not, so that a pair says nothing about the format.
     """
+    _check_number(num)
     rng, pairs = random.Random(f"{seed} pairs {held_out}"), {}
     while len(pairs) < num:
         problem, style = make_problem(rng, held_out), rng.choice(list(STYLES.values()))

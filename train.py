@@ -49,6 +49,7 @@ from data import (
     DatasetConfig,
     InputError,
     build_messages,
+    check_flags,
     encode_prompts,
     load_preferences,
     load_principles,
@@ -150,6 +151,7 @@ class Config(DatasetConfig):
 
     def check(self) -> None:
         """Raises InputError for the first value that cannot be; settles defaults that depend on the kind of run."""
+        check_flags(self)
         if not (self.principles or self.preferences):
             raise InputError("--principles: missing; a file of principles, or --preferences with pairs, is accepted")
         if self.learning_rate is None:
@@ -163,11 +165,14 @@ class Config(DatasetConfig):
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; {low} or more is accepted")
         for name in "learning_rate temperature max_grad_norm mi_temperature ot_eps".split():
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; a number above 0 is accepted")
+            if not 1e-9 <= getattr(self, name) <= 1e9:  # far outside, float32 would make 0 or inf of it
+                raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; a number above 0 (1e-9 to "
+                                 "1e9) is accepted")
         for name in "weight_decay lambda_mi lambda_ot lambda_pref epsilon epsilon_high beta".split():
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; 0 or more is accepted")
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1e9:
+                raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; 0 to 1e9 is accepted")
+        if self.seed >= 2**32:
+            raise InputError(f"--seed: got {self.seed}; 0 to {2**32 - 1} is accepted")
         if self.epsilon > 1:
             raise InputError(f"--epsilon: got {self.epsilon}; 0 to 1 is accepted")
         if self.scale_rewards == "group" and self.num_generations == 1:
@@ -330,9 +335,6 @@ def losses(model, batch: Batch, config):
     stats = {}
     if config.lambda_mi:
         scores, hidden, logp = all_completions(model, batch, config.temperature)
-        stats["loss_mi"] = symmetric_info_nce(scores / config.mi_temperature)  # []
-        stats["mi_row"] = math.log(scores.shape[-1]) - row_info_nce(scores).mean()  # []
-        stats["mi_column"] = math.log(scores.shape[-1]) - column_info_nce(scores).mean()  # []
     else:
         scores, hidden = None, own_completions(model, batch)  # [Q, K, G, T, d]
         logp = log_probs(model, hidden, batch.tokens, batch.mask, config.temperature)  # [Q, K, G, T]
@@ -340,6 +342,10 @@ def losses(model, batch: Batch, config):
     for name, values in (("log-probability", logp), ("score", scores)):
         if values is not None and not values.isfinite().all():
             raise NotFinite(f"a {name} is not finite", stats)
+    if config.lambda_mi:
+        stats["loss_mi"] = symmetric_info_nce(scores / config.mi_temperature)  # []
+        stats["mi_row"] = math.log(scores.shape[-1]) - row_info_nce(scores).mean()  # []
+        stats["mi_column"] = math.log(scores.shape[-1]) - column_info_nce(scores).mean()  # []
     if batch.old_logp is None:  # the first pass is on-policy: the ratio is exactly 1, its gradient is not 0
         batch.old_logp = logp.detach()
     by_question = [policy_loss(batch.part(q, 1), logp[q], config) for q in range(len(batch.questions))]
@@ -569,12 +575,14 @@ def update(model, optimizer, config, batch: Batch | None = None, pairs: Pairs | 
     for iteration in range(config.num_iterations if batch else 1):
         sums = {}
         for share, part in parts:
-            loss, stats, part_scores = losses(model, part, config)
+            with not_finite():
+                loss, stats, part_scores = losses(model, part, config)
             backward(share, loss, stats, sums)
             if iteration == 0 and part_scores is not None:
                 scores.append(part_scores.detach())
         for share, part in pair_parts:
-            loss, stats = preference_loss(model, part, config)
+            with not_finite():
+                loss, stats = preference_loss(model, part, config)
             backward(share, config.lambda_pref * loss if batch else loss, stats, sums)
         parallel.sum_gradients(model.parameters())
         sums = parallel.total(sums)
@@ -586,6 +594,15 @@ def update(model, optimizer, config, batch: Batch | None = None, pairs: Pairs | 
         passes.append({**sums, "grad_norm": norm.item()})
     stats = {name: sum(p[name] for p in passes) / len(passes) for name in passes[0]}
     return stats, torch.cat(scores) if scores else None
+
+
+@contextlib.contextmanager
+def not_finite():
+    """A ValueError of the losses, which say it where no finite loss exists, as what it is here: a broken training."""
+    try:
+        yield
+    except ValueError as error:
+        raise FloatingPointError(error) from None
 
 
 def rows_of_a_question(config) -> int:
@@ -723,7 +740,7 @@ def choose_run_dir(config) -> Path:
     if config.resume:
         return Path(config.output_dir)
     run_dir = Path(config.output_dir or Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S"))
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    if (run_dir.exists() or run_dir.is_symlink()) and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise InputError(f"--output-dir: {run_dir} exists and is not empty; a new or empty directory is accepted")
     return run_dir
 
@@ -752,6 +769,8 @@ def load_data(model, tokenizer, config) -> Data:
         if config.dataset:
             needed = config.max_steps * config.num_questions + config.eval_questions
             questions = config.load_questions(needed, config.seed)
+            if config.is_hub_set:
+                questions = leave_out(model, tokenizer, data.principles, questions, config)
             data.questions, data.held_out = split_questions(questions, config.eval_questions, config.seed)
         else:
             if config.model != "tiny":
@@ -789,6 +808,28 @@ def check_prompts(model, tokenizer, principles, questions, config) -> None:
     longest_principle = max((p.text for p in principles), key=len)
     pairs = [(longest_question, p.text) for p in principles] + [(q.text, longest_principle) for q in questions]
     encode_prompts(tokenizer, [build_messages(*pair) for pair in pairs], prompt_limit(model, config))
+
+
+def leave_out(model, tokenizer, principles, questions, config) -> list:
+    """The questions that `check_prompts` accepts. Nobody can mend a hub's rows: a line tells how many are left out."""
+    kept, refused, longest = [], [], max(principles, key=lambda principle: len(principle.text))
+    pieces = [questions[start : start + 256] for start in range(0, len(questions), 256)]
+    while pieces:
+        piece = pieces.pop(0)
+        try:
+            check_prompts(model, tokenizer, [longest], piece, config)
+            kept += piece
+        except InputError as error:
+            if len(piece) > 1:
+                pieces[:0] = [[question] for question in piece]
+            else:
+                refused.append(error)
+    if not kept:
+        raise refused[0]
+    if refused:
+        print(f"{config.dataset}: {len(refused)} of {len(questions)} questions are left out, one of them: {refused[0]}",
+              flush=True)
+    return kept
 
 
 def start_run(run_dir, config, data: Data, device) -> None:
@@ -1022,4 +1063,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # no emoji may end a run where the terminal knows ASCII only
     sys.exit(main())

@@ -1,11 +1,11 @@
 """Does SI, measured before training, predict the training? Twelve sets of four principles, on the embedded model.
 
-    python benchmarks/si_study.py                       # about an hour and a half on two cores; finished runs are kept
+    python benchmarks/si_study.py                       # two hours on two cores; finished runs are kept
     python benchmarks/si_study.py --seeds 1 --jobs 1
 
-The sets go from clearly distinct principles over paraphrases of one to strings without meaning. For each: SI of the set
-by `metrics.py si`, before any training; then `train.py` with its defaults (full ENIGMA) and without the two other terms
-(GRPO alone), over seeds. The rank correlations are over sets, on means over seeds; their intervals are bootstrap
+The sets go from clearly distinct principles over paraphrases of one to strings without meaning. For each: SI and reach
+of the set by `metrics.py si`, before any training; then `train.py` with its defaults (full ENIGMA) and without the two
+other terms (GRPO alone), over seeds. Rank correlations are over sets, of means over seeds; their intervals are bootstrap
 intervals over sets and seeds. Steadiness of a run, from its metrics.jsonl:
 
     reward_std   standard deviation of the reward over the last half of the steps
@@ -13,8 +13,8 @@ intervals over sets and seeds. Steadiness of a run, from its metrics.jsonl:
     falls        share of steps whose reward is below that of the step before
 
 Then the choice by SI: `metrics.py si --select 4` from a pool of 24 texts (the eight principles in two wordings,
-opposites of four, empty phrases and strings) against random fours of the same pool. Those sets took no part in any
-choice of how SI is defined: they confirm. Writes si_study.json and si_study.png into --output-dir.
+opposites of four, empty phrases and strings) against random fours of the same pool. Those sets took no part when reach
+was added to SI: they confirm. Writes si_study.json and si_study.png into --output-dir.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import interval, run_script, run_training, side_by_side  # noqa: E402
+from benchmarks.common import run_script, run_training, side_by_side  # noqa: E402
 from tiny import STYLES  # noqa: E402
 
 
@@ -53,7 +53,7 @@ SETS = {
 POOL = [text for style in STYLES.values() for text in style.texts[:2]]
 POOL += [STYLES[n].negative for n in ("plan", "goal", "conclude", "order")]
 POOL += ["Be kind.", "Think about it.", "jjw opq rst", "uuvx ab"]
-SELECTED, RANDOM_SETS, CONFIRMING_SEEDS = 4, 7, 2
+SELECTED, RANDOM_SETS, CONFIRMING_SEEDS = 4, 7, 1
 VARIANTS = {"ENIGMA": [], "GRPO": ["--lambda-mi", "0", "--lambda-ot", "0"]}
 OUTCOMES = ("accuracy", "format", "reward_std", "grad_norm", "falls", "si_end", "drift")
 
@@ -121,25 +121,27 @@ def correlation(predictor, runs, resamples=2000) -> tuple[float, float, float]:
     return rho, found[int(0.025 * resamples)], found[int(0.975 * resamples)]
 
 
-def plot(names, si, runs, path) -> None:
+def plot(predictors, runs, chosen, path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
-    titles = {"accuracy": "accuracy", "format": "format", "reward_std": "reward, std of the last half",
-              "falls": "share of steps that lower the reward"}
-    for axis, (outcome, title) in zip(axes, titles.items(), strict=True):
-        for color, variant in enumerate(VARIANTS):
-            points = [[r[outcome] for r in runs[variant, name]] for name in names]
-            for x, values in zip(si, points, strict=True):
-                axis.plot([x] * len(values), values, ".", ms=3, color=f"C{color}", alpha=0.5)
-            axis.plot(si, [statistics.mean(p) for p in points], "o", ms=6, color=f"C{color}", label=variant)
-        axis.set(title=title, xlabel="SI of the set, before training")
-        axis.title.set_fontsize(10)
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    outcomes = {"accuracy": "accuracy", "format": "format", "reward_std": "reward, std of the last half",
+                "falls": "share of steps that lower the reward"}
+    figure, axes = plt.subplots(2, 4, figsize=(14, 6.4), layout="constrained", sharey="col")
+    for row, (predictor, values) in zip(axes, predictors.items(), strict=True):
+        for axis, outcome in zip(row, outcomes, strict=True):
+            for color, variant in enumerate(VARIANTS):
+                points = [(values[name], statistics.mean(r[outcome] for r in runs[variant, name])) for name in SETS]
+                axis.plot(*zip(*points), "o", color=f"C{color}", label=f"{variant}: twelve sets")
+            points = [(values[name], statistics.mean(r[outcome] for r in runs["ENIGMA", name])) for name in chosen]
+            axis.plot(*zip(*points), "o", mfc="none", color="C0", label="ENIGMA: sets that confirm")
+            axis.set(xlabel=f"{predictor} of the set, before training")
+    for axis, title in zip(axes[0], outcomes.values(), strict=True):
+        axis.set_title(title, fontsize=10)
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -153,43 +155,49 @@ def main() -> None:
     measured = side_by_side(
         lambda name: measure_si(name, files[name], args.output_dir / "sets"), [(n,) for n in files], args.jobs
     )
-    si = {name: measured[name,]["set"]["si"]["mean"] for name in files}
+    predictors = {
+        "SI": {name: measured[name,]["set"]["si"]["mean"] for name in files},
+        "reach": {name: measured[name,]["set"]["reach"] for name in files},
+    }
     jobs = [("ENIGMA", name, seed) for seed in range(args.seeds) for name in SETS]
     jobs += [("ENIGMA", name, seed) for seed in range(CONFIRMING_SEEDS) for name in chosen]
     jobs += [("GRPO", name, seed) for seed in range(args.seeds) for name in SETS]
     found = side_by_side(lambda v, name, seed: train(v, name, seed, files[name], args, extra), jobs, args.jobs)
     runs = {(v, name): [found[v, name, s] for s in range(args.seeds) if (v, name, s) in found] for v, name, _ in jobs}
     (args.output_dir / "si_study.json").write_text(
-        json.dumps({"si": si, "runs": {f"{v}: {n}": r for (v, n), r in runs.items()}}, indent=1)
+        json.dumps({"predictors": predictors, "runs": {f"{v}: {n}": r for (v, n), r in runs.items()}}, indent=1)
     )
 
     def mean(variant, name, outcome):
         return statistics.mean(r[outcome] for r in runs[variant, name])
 
-    print("| set | SI before | " + " | ".join(OUTCOMES) + " | GRPO: " + " | ".join(OUTCOMES) + " |")
-    print("|---" * (2 + 2 * len(OUTCOMES)) + "|")
-    for name in sorted(SETS, key=si.get, reverse=True):
-        cells = [f"{mean(v, name, outcome):.3f}" for v in VARIANTS for outcome in OUTCOMES]
-        print(f"| {name} | {si[name]:.3f} | " + " | ".join(cells) + " |")
-    names = list(SETS)
-    for variant in VARIANTS:
-        print(f"\n{variant}: Spearman of SI before training, {len(names)} sets, {args.seeds} seeds [95% interval]")
-        for outcome in OUTCOMES:
-            values = [[r[outcome] for r in runs[variant, n]] for n in names]
-            rho, low, high = correlation([si[n] for n in names], values)
-            print(f"  {outcome:11} {rho:+.2f} [{low:+.2f}, {high:+.2f}]")
-    halves = sorted(names, key=si.get)
-    lower, upper = halves[: len(halves) // 2], halves[len(halves) // 2 :]
-    for outcome in ("accuracy", "reward_std", "grad_norm", "falls"):
-        values = [statistics.mean(mean("ENIGMA", n, outcome) for n in half) for half in (lower, upper)]
-        print(f"ENIGMA, {outcome}: lower half of SI {values[0]:.3f}, upper half {values[1]:.3f}")
-    print(f"\n| {SELECTED} of a pool of {len(POOL)} | SI before | accuracy | format |\n|---|---|---|---|")
-    for name in sorted(chosen, key=si.get, reverse=True):
-        values = [[r[outcome] for r in runs["ENIGMA", name]] for outcome in ("accuracy", "format")]
-        cells = ["{:.2f} ± {:.2f}".format(*interval(v)) for v in values]
-        print(f"| {name} | {si[name]:.3f} | " + " | ".join(cells) + " |")
+    print("| set | SI | reach | " + " | ".join(OUTCOMES) + " | GRPO: " + " | ".join(OUTCOMES) + " |")
+    print("|---" * (3 + 2 * len(OUTCOMES)) + "|")
+    for name in sorted(SETS, key=predictors["SI"].get, reverse=True):
+        cells = [f"{predictors[p][name]:.2f}" for p in predictors]
+        cells += [f"{mean(v, name, outcome):.3f}" for v in VARIANTS for outcome in OUTCOMES]
+        print(f"| {name} | {' | '.join(cells)} |")
+    for names, what in ((list(SETS), "the twelve sets"), (chosen, "the sets that confirm")):
+        for variant in VARIANTS if names != chosen else ("ENIGMA",):
+            print(f"\n{variant}, Spearman over {what}, {len(names)} of them [95% interval]")
+            for outcome in OUTCOMES:
+                values = [[r[outcome] for r in runs[variant, n]] for n in names]
+                cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*correlation([p[n] for n in names], values))
+                         for p in predictors.values()]
+                print(f"  {outcome:11} SI {cells[0]}   reach {cells[1]}")
+    for predictor, values in predictors.items():
+        halves = sorted(SETS, key=values.get)
+        lower, upper = halves[: len(halves) // 2], halves[len(halves) // 2 :]
+        for outcome in ("accuracy", "reward_std", "grad_norm", "falls"):
+            both = [statistics.mean(mean("ENIGMA", n, outcome) for n in half) for half in (lower, upper)]
+            print(f"ENIGMA, {outcome}: lower half of {predictor} {both[0]:.3f}, upper half {both[1]:.3f}")
+    print(f"\n| {SELECTED} of a pool of {len(POOL)} | SI | reach | accuracy | format |\n|---|---|---|---|---|")
+    for name in sorted(chosen, key=predictors["SI"].get, reverse=True):
+        cells = [f"{p[name]:.2f}" for p in predictors.values()]
+        cells += [f"{mean('ENIGMA', name, outcome):.2f}" for outcome in ("accuracy", "format")]
+        print(f"| {name} | {' | '.join(cells)} |")
     try:
-        plot(names, [si[n] for n in names], runs, args.output_dir / "si_study.png")
+        plot(predictors, runs, chosen, args.output_dir / "si_study.png")
     except ImportError:
         print("no plot: pip install matplotlib", file=sys.stderr)
 

@@ -6,7 +6,7 @@ import os
 import random
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 import data
@@ -352,6 +352,14 @@ def test_control_tokens_in_a_text_are_refused(question, principle, token):
     message = refusal(data.encode_prompts, tokenizer, [chat(), chat(question, principle)])
     assert repr(token) in message, f"name the token to remove: {message}"
     assert repr(question)[:12] in message and repr(principle) in message, f"say where it is: {message}"
+
+
+def test_a_control_token_is_what_the_tokenizer_reads_as_one():
+    tokenizer = tokenizer_with(TURNS + OPEN)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_tokens([AddedToken("<tool>", special=True, normalized=True)])
+    message = refusal(data.encode_prompts, tokenizer, [chat("Use \uff1ctool\uff1e")])  # full-width brackets
+    assert "'<tool>'" in message, "compatibility forms become the token when the tokenizer normalises them"
 
 
 def test_tags_of_the_format_and_ordinary_added_tokens_are_not_refused():

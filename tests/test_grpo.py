@@ -143,6 +143,8 @@ def test_advantages_of_constant_and_single_groups():
     for value in (0.0, 1.0):
         for scale in ("none", "std"):
             assert (group_advantages(torch.full((2, 4), value), scale) == 0).all(), "0/0 without variance"
+            large = group_advantages(torch.full((2, 7), 1e6 + 0.1 + value), scale)
+            assert (large == 0).all(), "the mean of equal rewards is rounded, and that is no advantage"
     assert (group_advantages(torch.tensor([[1.0], [0.0]])) == 0).all()
     with pytest.raises(ValueError, match="G >= 2"):
         group_advantages(torch.tensor([[1.0], [0.0]]), "std")
@@ -150,7 +152,7 @@ def test_advantages_of_constant_and_single_groups():
 
 @pytest.mark.parametrize("rewards, scale", [
     (torch.ones(2, 4), "mean"), (torch.ones(2, 4, dtype=torch.long), "none"), (torch.tensor(1.0), "none"),
-    (torch.ones(2, 0), "none"),
+    (torch.ones(2, 0), "none"), (torch.tensor([1.0, math.nan]), "none"), (torch.tensor([1.0, math.inf]), "std"),
 ])
 def test_advantages_reject(rewards, scale):
     with pytest.raises(ValueError, match="group_advantages: expected .* got"):
@@ -425,7 +427,20 @@ def test_nan_that_counts_is_not_hidden():
     logp, old_logp, _, advantages, mask = make_batch()
     bad = logp.detach().clone()
     bad[0, 0] = math.nan
-    assert grpo_loss(bad, old_logp, advantages, mask)[0].isnan(), "NaN that trains on"
+    with pytest.raises(ValueError, match="expected finite log-probabilities .* got a loss of nan"):
+        grpo_loss(bad, old_logp, advantages, mask)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_token_the_policy_would_not_write_has_ratio_0(level):
+    logp = torch.tensor([[-math.inf, -1.0], [-1.0, -1.0]], requires_grad=True)
+    loss, stats = grpo_loss(logp, torch.full((2, 2), -1.0), torch.tensor([1.0, -1.0]), torch.ones(2, 2), level=level)
+    loss.backward()
+    expected = 0.5 if level == "sequence" else 0.25  # -0 and 1; a token of the two has ratio 1
+    assert loss == expected and logp.grad.isfinite().all() and logp.grad[0, 0] == 0
+    assert stats["approx_kl"] == math.inf, "KL(old || policy) is infinite"
+    with pytest.raises(ValueError, match="grpo_loss: expected finite"):
+        grpo_loss(logp, torch.full((2, 2), -1.0), torch.ones(2), torch.ones(2, 2), beta=0.1, ref_logp=logp)
 
 
 def test_constants_get_no_gradient():

@@ -1,6 +1,7 @@
 """What a real model needs: its questions from real data sets, its precision, its memory, other architectures, LoRA."""
 
 import copy
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -138,6 +139,18 @@ def test_a_set_with_a_loading_script_is_read_from_the_hubs_conversion(hub_like, 
 
     monkeypatch.setattr(datasets, "load_dataset", scripted)
     assert len(load_questions(hub_like, config="main", limit=4)) == 4
+
+
+def test_rows_of_a_hub_set_that_forge_a_turn_are_left_out_and_told(tmp_path, capsys):
+    rows = [*GSM8K[:20], {"question": "a <|user|> b", "answer": "1"}, {"question": "word " * 600, "answer": "1"}]
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
+    model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    config = train.parse(["--principles", PRINCIPLES, *SMALL, "--dataset", str(tmp_path / "set"), "--max-steps", "20"])
+    read = train.load_data(model, tokenizer, config)
+    assert {q.text for q in read.questions + read.held_out} == {row["question"] for row in GSM8K[:20]}
+    assert not {q.text for q in read.questions} & {q.text for q in read.held_out} and len(read.held_out) == 3
+    assert "2 of 22 questions are left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, told", [
@@ -343,8 +356,7 @@ def test_the_estimate_of_memory_counts_what_it_says(tmp_path):
     assert 1.5 < many["activations"] / few["activations"] < 2
     checkpointed = [estimate("--num-generations", g, "--gradient-checkpointing", "--micro-batch", "1") for g in "48"]
     assert checkpointed[0]["activations"] == checkpointed[1]["activations"] < few["activations"] / 2
-    lora = estimate(model=policy.add_lora(model, 2, 0))
-    assert lora["gradients and optimiser"] < size and "--lora-rank" not in train.memory_advice(train.parse(["--principles", "p", "--lora-rank", "4"]))
+    assert estimate("--lora-rank", "4")["reference"] == 0, "with LoRA there is no second copy"
 
 
 def test_out_of_memory_ends_with_advice_in_one_line(tmp_path, monkeypatch, capsys):
@@ -362,9 +374,10 @@ def test_out_of_memory_ends_with_advice_in_one_line(tmp_path, monkeypatch, capsy
 
 # ------------------------------------------------------------------------------------------------ LoRA
 
-peft = pytest.importorskip("peft")
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is optional")
 
 
+@needs_peft
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_reference_of_lora_is_the_policy_at_the_start_and_only_adapters_train(bf16):
     model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"), bf16=bf16)
@@ -376,6 +389,7 @@ def test_the_reference_of_lora_is_the_policy_at_the_start_and_only_adapters_trai
         train.refer(start, batch, config)
     hidden = train.own_completions(model, batch)  # [Q, K, G, T, d]
     assert torch.equal(train.pick(hidden, batch.cloud), batch.ref_cloud), "with B = 0 adapters must add exactly nothing"
+    assert train.estimate_memory(model, tokenizer, train.Data(tiny.principles(), tiny.make_questions(9, False), [], None, None), config)["gradients and optimiser"] == 12 * sum(p.numel() for n, p in model.named_parameters() if "lora" in n)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train.update(model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0), config, batch)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -388,6 +402,7 @@ def test_the_reference_of_lora_is_the_policy_at_the_start_and_only_adapters_trai
     assert torch.equal(again, batch.ref_cloud), "with adapters off it is no longer the starting policy"
 
 
+@needs_peft
 def test_a_lora_run_leaves_a_merged_model_and_its_adapters(tmp_path):
     flags = [*SMALL, "--lora-rank", "4", "--learning-rate", "1e-2", "--max-steps", "3", "--gradient-checkpointing"]
     assert train.main(["--principles", PRINCIPLES, *flags, "--output-dir", str(tmp_path / "run")]) == 0
@@ -395,7 +410,9 @@ def test_a_lora_run_leaves_a_merged_model_and_its_adapters(tmp_path):
     assert abs(steps[0]["kl"]) < 1e-9 < steps[2]["kl"]
     start = AutoModelForCausalLM.from_pretrained(tiny.MODEL_DIR, dtype=torch.float32)
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final", dtype=torch.float32)
-    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.MODEL_DIR), tmp_path / "run" / "adapter")
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.MODEL_DIR), tmp_path / "run" / "adapter")
     ids = torch.arange(5, 105)[None]  # [1, L]
     with torch.no_grad():
         merged, apart, before = (m.eval()(ids).logits for m in (final, adapted, start))
