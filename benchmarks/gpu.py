@@ -63,6 +63,11 @@ TRL_SETTINGS = {"TRL, defaults": {}, "TRL, best without a server": {
     "gradient_checkpointing": False, "cache_implementation": "static", "optim": "adamw_torch_fused"}}
 
 
+def three(number: float) -> float:
+    """To three digits."""
+    return float(f"{number:.3g}")
+
+
 class Bench:
     """A model of one shape, and what is measured of it."""
 
@@ -129,13 +134,13 @@ class Bench:
         state = self.state(config)
         rounds = [self.step(*state, config, number) for number in range(self.rounds + 1)][1:]
         median = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
-        cells = {f"{key}, s": round(median[key], 3) for key in (*step.PHASES, "total")}
+        cells = {f"{key}, s": three(median[key]) for key in (*step.PHASES, "total")}
         token = median["sample"] / config.max_completion_length
         cells["decode tokens/s"] = round(self.rows / token)
-        cells["decode share"] = round(self.decode_bytes(config) / token / self.limits["bandwidth"], 3)
+        cells["decode share"] = three(self.decode_bytes(config) / token / self.limits["bandwidth"])
         flop = self.training_flop(config)
-        cells["training TFLOP/s"] = round(flop / median["update"] / 1e12, 3)
-        cells["training share"] = round(flop / median["update"] / self.limits["matmul"], 3)
+        cells["training TFLOP/s"] = three(flop / median["update"] / 1e12)
+        cells["training share"] = three(flop / median["update"] / self.limits["matmul"])
         cells["peak GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 1) if self.bf16 else "no GPU"
         return cells
 
@@ -155,8 +160,8 @@ class Bench:
         model = copy.deepcopy(self.start).to(self.device)
         rounds = step.rounds_beside_trl(ours, settings, self.config, model, self.tokenizer, self.rounds)
         table = step.summarise(rounds, "TRL")
-        cells = {f"{key}, s": round(table["TRL"][key], 3) for key in ("sample", "update", "total")}
-        return cells | {f"ours, {name}: times TRL": round(table[name]["ratio"], 3) for name in ours}
+        cells = {f"{key}, s": three(table["TRL"][key]) for key in ("sample", "update", "total")}
+        return cells | {f"ours, {name}: times TRL": three(table[name]["ratio"]) for name in ours}
 
     def decode_bytes(self, config) -> float:
         """Bytes that one token of all rows must read: see the top of this file."""
