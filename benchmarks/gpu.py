@@ -53,7 +53,7 @@ SHAPES = {
         num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, tie_word_embeddings=True,
     ),
     "small": LlamaConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=1000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True,
     ),
 }
@@ -61,6 +61,11 @@ WORK = {False: "--num-questions 4 --num-principles 4 --num-generations 8 --max-c
         True: "--num-questions 2 --num-principles 2 --num-generations 2 --max-completion-length 8"}  # for small
 TRL_SETTINGS = {"TRL, defaults": {}, "TRL, best without a server": {
     "gradient_checkpointing": False, "cache_implementation": "static", "optim": "adamw_torch_fused"}}
+
+
+def three(number: float) -> float:
+    """To three digits."""
+    return float(f"{number:.3g}")
 
 
 class Bench:
@@ -129,26 +134,15 @@ class Bench:
         state = self.state(config)
         rounds = [self.step(*state, config, number) for number in range(self.rounds + 1)][1:]
         median = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
-        cells = {f"{key}, s": round(median[key], 3) for key in (*step.PHASES, "total")}
-        cells["completion tokens/s"] = round(median["tokens"] / median["total"])
+        cells = {f"{key}, s": three(median[key]) for key in (*step.PHASES, "total")}
+        token = median["sample"] / config.max_completion_length
+        cells["decode tokens/s"] = round(self.rows / token)
+        cells["decode share"] = three(self.decode_bytes(config) / token / self.limits["bandwidth"])
         flop = self.training_flop(config)
-        cells["training TFLOP/s"] = round(flop / median["update"] / 1e12, 3)
-        cells["training share"] = round(flop / median["update"] / self.limits["matmul"], 3)
+        cells["training TFLOP/s"] = three(flop / median["update"] / 1e12)
+        cells["training share"] = three(flop / median["update"] / self.limits["matmul"])
         cells["peak GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 1) if self.bf16 else "no GPU"
         return cells
-
-    def measure_decode(self, *flags) -> dict:
-        config = self.configured(*flags)
-        model, _, _ = self.state(config)
-        seconds = []
-        for number in range(self.rounds + 1):
-            clock = step.now()
-            self.sample(model, config, number)
-            seconds.append(step.now() - clock)
-        token = statistics.median(seconds[1:]) / config.max_completion_length
-        share = self.decode_bytes(config) / self.limits["bandwidth"] / token
-        return {"decode tokens/s": round(self.rows / token), "ms a token": round(1000 * token, 3),
-                "decode share": round(share, 3)}
 
     def measure_trl(self, settings) -> dict:
         """TRL's step and, in turn with it, our GRPO step with its defaults and with --cuda-graphs."""
@@ -158,14 +152,16 @@ class Bench:
         configs = {name: self.configured(*step.VARIANTS["GRPO"], *flags)
                    for name, flags in {"GRPO": [], "GRPO --cuda-graphs": ["--cuda-graphs"]}.items()}
         ours = {name: lambda number, c=config: self.step(*state, c, number) for name, config in configs.items()}
-        settings = {**settings, "generation_kwargs": {"min_new_tokens": self.config.max_completion_length}}
-        if not self.bf16:
-            settings |= step.ON_CPU
+        settings = {  # a quarter of the rows in a pass: the logits of all take more memory than the model
+            "per_device_train_batch_size": self.rows // 4, "gradient_accumulation_steps": 4,
+            "generation_kwargs": {"min_new_tokens": self.config.max_completion_length},
+            **settings, **({} if self.bf16 else step.ON_CPU),
+        }
         model = copy.deepcopy(self.start).to(self.device)
         rounds = step.rounds_beside_trl(ours, settings, self.config, model, self.tokenizer, self.rounds)
         table = step.summarise(rounds, "TRL")
-        cells = {f"{key}, s": round(table["TRL"][key], 3) for key in ("sample", "update", "total")}
-        return cells | {f"ours, {name}: times TRL": round(table[name]["ratio"], 3) for name in ours}
+        cells = {f"{key}, s": three(table["TRL"][key]) for key in ("sample", "update", "total")}
+        return cells | {f"ours, {name}: times TRL": three(table[name]["ratio"]) for name in ours}
 
     def decode_bytes(self, config) -> float:
         """Bytes that one token of all rows must read: see the top of this file."""
@@ -189,14 +185,12 @@ class Bench:
         return statistics.mean(map(len, self.prompts))
 
 
-PARTS = {  # what cannot be known to run yet comes last: after an error on a GPU nothing else may run
-    "decode": lambda bench: bench.measure_decode(),
+PARTS = {  # what has not run on a GPU yet comes late: after an error there nothing else may run
     "GRPO": lambda bench: bench.measure_step(*step.VARIANTS["GRPO"]),
     "ENIGMA": lambda bench: bench.measure_step(),
     "ENIGMA --gradient-checkpointing": lambda bench: bench.measure_step("--gradient-checkpointing"),
     "ENIGMA --lora-rank 16 --gradient-checkpointing":
         lambda bench: bench.measure_step("--lora-rank", "16", "--gradient-checkpointing"),
-    "decode --cuda-graphs": lambda bench: bench.measure_decode("--cuda-graphs"),
     "ENIGMA --cuda-graphs": lambda bench: bench.measure_step("--cuda-graphs"),
 } | {name: lambda bench, settings=settings: bench.measure_trl(settings) for name, settings in TRL_SETTINGS.items()}
 
@@ -240,10 +234,10 @@ def print_table(results) -> None:
     shapes = list(results["shapes"])
     print("\n| | " + " | ".join(shapes) + " |\n" + "|---" * (1 + len(shapes)) + "|")
     for part in PARTS:
-        columns = [results["shapes"][shape].get(part, {"": "not reached"}) for shape in shapes]
+        columns = [results["shapes"][shape][part] for shape in shapes]
         for label in dict.fromkeys(label for cells in columns for label in cells):
-            name = f"{part}: {label}" if label else part
-            print(f"| {name} | " + " | ".join(str(cells.get(label, "")) for cells in columns) + " |")
+            shown = (str(cells.get(label, "")) for cells in columns)
+            print(f"| {part}{': ' * bool(label)}{label} | {' | '.join(shown)} |")
 
 
 def main() -> None:
@@ -265,13 +259,14 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}: matmul "
           f"{limits['matmul'] / 1e12:.2f} TFLOP/s, copy {limits['bandwidth'] / 1e9:.0f} GB/s")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for shape in args.shape or ["gemma-3-1b", "llama-3.2-1b"]:
-        bench = Bench(shape, device, [*WORK[shape == "small"].split(), *extra], args.rounds, limits)
-        cells = results["shapes"][shape] = {}
-        for part, measure in PARTS.items():
+    shapes = args.shape or ["gemma-3-1b", "llama-3.2-1b"]
+    benches = {s: Bench(s, device, [*WORK[s == "small"].split(), *extra], args.rounds, limits) for s in shapes}
+    for part, measure in PARTS.items():
+        for shape, bench in benches.items():
             over = time.perf_counter() > end
-            cells[part] = {"": "left out: no time"} if over else guarded(measure, bench)
-            print(f"{shape}, {part}: {cells[part]}", file=sys.stderr, flush=True)
+            cells = {"": "left out: no time"} if over else guarded(measure, bench)
+            print(f"{part}, {shape}: {cells}", file=sys.stderr, flush=True)
+            results["shapes"].setdefault(shape, {})[part] = cells
             (args.output_dir / "gpu.json").write_text(json.dumps(results, indent=1))
     print_table(results)
 

@@ -102,10 +102,11 @@ def rounds_beside_trl(ours, settings, config, model, tokenizer, rounds) -> list[
             model,
             reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
             args=trl.GRPOConfig(
-                directory, per_device_train_batch_size=rows, num_generations=config.num_generations,
+                directory, num_generations=config.num_generations,
                 max_completion_length=config.max_completion_length, temperature=config.temperature,
                 max_steps=rounds + 1, learning_rate=0.0, shuffle_dataset=False,
-                report_to="none", logging_steps=10**9, save_strategy="no", disable_tqdm=True, **settings,
+                report_to="none", logging_steps=10**9, save_strategy="no", disable_tqdm=True,
+                **{"per_device_train_batch_size": rows, **settings},
             ),
             train_dataset=Dataset.from_dict({"prompt": conversations(config, rounds + 1)}),
             processing_class=copy.deepcopy(tokenizer), callbacks=[turns],
