@@ -175,7 +175,7 @@ class Bench:
         shape, prompt, new = self.start.config, self.prompt_length(), config.max_completion_length
         head = shape.vocab_size * shape.hidden_size
         body = sum(p.numel() for p in self.start.parameters()) - head  # both shapes tie head and embedding
-        completions = config.num_questions * train.rows_of_a_question(config) * new
+        completions = config.num_questions * config.rows_of_a_question * new
         prompts = len(self.prompts) * prompt
         attention = 12 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
         attended = completions * (prompt + new / 2) + prompts * prompt / 2

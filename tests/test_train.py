@@ -123,7 +123,7 @@ def test_the_sinkhorn_cloud_is_of_completion_tokens_only(tiny_model):
 def gradient_of(model, config, batch, questions_at_once):
     """The gradient that `update` steps along, and its statistics."""
     model, config = copy.deepcopy(model), copy.copy(config)
-    config.micro_batch, config.max_grad_norm = questions_at_once * train.rows_of_a_question(config), 1e9
+    config.micro_batch, config.max_grad_norm = questions_at_once * config.rows_of_a_question, 1e9
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.zero_grad = lambda: None  # `update` clears it, and here it is the result
     stats, _ = train.update(model, optimizer, config, batch)
