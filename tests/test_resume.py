@@ -158,6 +158,20 @@ def test_ctrl_c_without_save_steps_saves_too_and_latest_finds_it(flags, tmp_path
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_with_lora_only_the_adapters_are_stored_and_the_run_is_the_same(flags, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    flags = [*flags, "--lora-rank", "2", "--max-steps", "2", "--eval-steps", "0", "--save-steps", "0"]
+    assert train.main([*flags, "--output-dir", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "record", signals_after(1, signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            train.main([*flags, "--output-dir", str(tmp_path / "stopped")])
+    stored = load_file(tmp_path / "stopped" / "checkpoints" / "step_1" / "model.safetensors")
+    assert stored and all("lora" in name for name in stored)
+    assert train.main(["--resume", str(tmp_path / "stopped")]) == 0
+    assert kill.outcome(tmp_path / "stopped") == kill.outcome(tmp_path / "whole")
+
+
 def test_what_a_checkpoint_restores(run, tmp_path):
     """Random states too, though nothing in the loop needs them; weights that are not trained are not stored."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
@@ -278,6 +292,8 @@ def test_a_pickle_with_the_right_checksum_is_never_run(run, capsys):
     (lambda run: (run / "checkpoints/step_3").rename(run / "checkpoints/.step_3.tmp"), None),
     (lambda run: [shutil.rmtree(run / "checkpoints/step_3"), (run / "checkpoints/step_3").symlink_to("step_3")],
      ["step_3/SHA256SUMS", "step_2"]),
+    (lambda run: [(run / "checkpoints/step_3/state.json").unlink(), os.mkfifo(run / "checkpoints/step_3/state.json")],
+     ["step_3/state.json", "step_2"]),
 ])
 def test_a_run_that_cannot_go_on_is_one_line(spoil, told, run, capsys):
     spoil(run)
