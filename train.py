@@ -490,7 +490,9 @@ def train(config: Config) -> Path:
     print(memory_line(estimate_memory(model, tokenizer, data, config), config, device), flush=True)
     copied = data.principles and not config.lora_rank  # else at_start knows the policy at the start, or none is needed
     reference = copy.deepcopy(model).requires_grad_(False) if copied else None
-    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
     schedule = transformers.get_scheduler(
         config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
     )
