@@ -258,7 +258,7 @@ def test_checkpointing_and_micro_batches_below_a_question_change_no_gradient(nam
     whole, stats = gradient(model, batch, config)
     model.recompute_rows = config.micro_batch = int(micro_batch)
     parts, part_stats = gradient(model, batch, config)
-    assert whole.norm() > 0 and difference(parts, whole) < 1e-8
+    assert whole.norm() > 0 and difference(parts, whole) < 1e-7
     assert math.isclose(stats["loss"], part_stats["loss"], rel_tol=1e-6)
 
 
