@@ -7,6 +7,15 @@
     f[i]   <- -eps log sum_j b[j] exp((g[j] - C[i, j]) / eps)         then g alike: one Sinkhorn iteration
     S_eps   = OT_eps(x, y) - OT_eps(x, x) / 2 - OT_eps(y, y) / 2      never clamped: rounding may show as < 0
 
+What makes it fast: with u = f / eps, v = g / eps and reference potentials u0, v0 absorbed into a kernel K,
+
+    K[i, j] = exp(u0[i] + v0[j] - C[i, j] / eps)                      <= 1, with a 1 in each row and column
+    u[i]   <- u0[i] - log sum_j K[i, j] b[j] exp(v[j] - v0[j])        the iteration above, to the last digits
+
+so an iteration is two matrix-vector products, where the log domain takes 2 n m exponentials. K is built anew only
+when u has moved so far from u0 that something which underflowed in K could matter: any eps that the log domain
+bears is safe here. (Schmitzer 2019 calls this stabilised scaling.)
+
 Sources: Cuturi 2013 (iterations), Feydy et al. 2019 (divergence, symmetric update). The same number as POT's
 `ot.solve(C, a, b, reg=eps, reg_type="KL")`; S is twice geomloss `SamplesLoss(blur=sqrt(eps / 2))`.
 
@@ -16,11 +25,14 @@ Our choices:
   torch, or silently adds zero where other terms keep its graph alive. eps carries no gradient.
 - Weights are divided by their sum inside the graph: a 0/1 mask is a valid weight, and their gradient is that
   of the normalised problem, f - <a, f>. A zero weight is a removed point: no effect on value or gradient.
+  So is one below 1e-24 of the sum.
 - The cross problem adds Nesterov momentum with restarts (O'Donoghue and Candes 2015) to Sinkhorn: 3 to 15
   times fewer iterations at eps = 0.01 mean(C); eps-scaling saved little on top. The self problems take the
   symmetric step f <- (f + T f) / 2, with T the iteration above.
-- Distances and gradients are float64 products of centred points: no cancellation, and TF32 and autocast
-  leave float64 alone, so no global flag needs saving. Iterations run in float32, or float64 if x or y is so.
+- Distances and gradients are matrix products of centred points: about 4 of [n, m, d] for S with its gradient in x.
+  All is float32 on the CPU, with autocast off, or float64 if x or y is so. Elsewhere all is float64: TF32 and
+  autocast leave it alone, so no global flag needs saving. (On a CPU with AMX or the like,
+  `torch.set_float32_matmul_precision("medium")` lowers float32 there: pass float64.)
 
 Limits. float32 resolves P to about 1e-7 max(C) / eps, so the default tol of 1e-4 can be out of reach below
 eps = 0.003 mean(C): use float64 there. Iterations grow as eps falls: a few at eps = mean(C), tens at 0.1, a
@@ -43,6 +55,7 @@ from typing import NamedTuple
 
 import torch
 
+LEAST = 1e-24  # a weight below this share of all is 0: what float32 can divide by with room for K
 PATIENCE = 100  # iterations without a new best error that end the loop, where rounding can be the reason
 
 
@@ -78,12 +91,14 @@ def sinkhorn_potentials(cost, eps, a=None, b=None, *, max_iter=1000, tol=1e-4):
     _require(torch.is_tensor(cost) and cost.ndim >= 2 and cost.is_floating_point() and cost.numel() > 0,
              "cost must be a non-empty floating point tensor [..., n, m]", cost)
     cost = cost.detach().to(torch.promote_types(cost.dtype, torch.float32))  # [..., n, m]
-    a = _check_weights("a", a, cost[..., 0]).detach()  # [..., n]
-    b = _check_weights("b", b, cost[..., 0, :]).detach()  # [..., m]
     eps = _check_eps(eps, cost[..., 0, 0])  # [...]
-    u, v, info = _iterate(cost / eps[..., None, None], a, b, max_iter, tol)  # [..., n], [..., m]
+    a, b = _check_weights("a", a, cost[..., 0]), _check_weights("b", b, cost[..., 0, :])  # [..., n], [..., m]
+    wide = _working_dtype(cost)
+    p, q, e = a.detach().to(wide), b.detach().to(wide), eps.to(wide)[..., None]  # [..., n], [..., m], [..., 1]
+    with torch.autocast("cpu", enabled=False):
+        u, v, info = _iterate(cost.to(wide) / -e[..., None], p, q, max_iter, tol)  # [..., n], [..., m]
     _warn_unless_converged(info, eps, tol)
-    return eps[..., None] * u, eps[..., None] * v, info  # [..., n], [..., m]
+    return (e * u).to(cost.dtype), (e * v).to(cost.dtype), info  # [..., n], [..., m]
 
 
 def transport_plan(f, g, cost, eps, a=None, b=None):
@@ -132,20 +147,30 @@ def sinkhorn_divergence(x, y, eps, a=None, b=None, *, max_iter=1000, tol=1e-4):
     return cross - (self_x + self_y) / 2, info  # [...]
 
 
-def _iterate(scaled, a, b, max_iter, tol, symmetric=False):
-    """u = f / eps and v = g / eps for scaled = C / eps, v the exact half-step from u, and their info."""
-    _require(scaled.isfinite().all(), f"C / eps must be finite in {scaled.dtype}: C bad, or eps too small")
+def _iterate(logits, a, b, max_iter, tol, symmetric=False):
+    """u = f / eps and v = g / eps for logits = -C / eps, v the exact half-step from u, and their info.
+
+    symmetric: C is symmetric with b = a, and v = u.
+    """
+    size = max(abs(bound.item()) for bound in logits.aminmax())  # a NaN passes through
+    _require(size < torch.finfo(logits.dtype).max / 16,
+             f"C / eps must be finite in {logits.dtype}, by a factor of 16: C bad, or eps too small")
     _require(max_iter >= 1 and tol > 0, f"max_iter must be >= 1 and tol > 0, got {max_iter} and {tol}")
     log_a, log_b = a.log(), b.log()  # [..., n], [..., m] -inf where a point is removed
-    rounding = 16 * torch.finfo(scaled.dtype).eps * scaled.abs().max().item()  # of u, generously
+    rounding = 16 * torch.finfo(logits.dtype).eps * size  # of u, generously
+    reach = -math.log(torch.finfo(logits.dtype).tiny) / 3  # of |u - u0|: twice this, and K still has digits to spare
     best, best_at = math.inf, 0
-    u = old = torch.zeros_like(a)  # [..., n]
-    v = u if symmetric else -torch.logsumexp((log_a + u)[..., :, None] - scaled, -2)  # [..., m]
+    u0, v0, kernel = _absorb(logits, torch.zeros_like(a), a, b)  # [..., n], [..., m], [..., n, m]
+    u = old = u0.clone()  # [..., n] u0 changes in place
     age = torch.zeros_like(a[..., 0])  # [...] steps since the momentum restarted
     for iteration in range(1, max_iter + 1):
-        new = -torch.logsumexp((log_b + v)[..., None, :] - scaled, -1)  # [..., n]
-        # P's row sums are a exp(u - new): the error is free. In one exp, removed points give 0, not 0 * inf.
-        excess = (log_a + u - new).exp() - a  # [..., n]
+        far = ((a > 0) * (u - u0)).abs().amax(-1) > reach  # [...]
+        if far.any():
+            u0[far], v0[far], kernel[far] = _absorb(logits[far], u[far], a[far], b[far])
+        # In one exp, removed points give 0, not 0 * inf; so too below.
+        v = u if symmetric else v0 - _product((log_a + u - u0).exp(), kernel).log()  # [..., m]
+        new = u0 - _product((log_b + v - v0).exp(), kernel.mT).log()  # [..., n]
+        excess = (log_a + u - new).exp() - a  # [..., n] P's row sums are a exp(u - new): the error is free
         error = excess.abs().sum(-1)  # [...]
         worst = error.max().item()
         if worst < best:
@@ -155,42 +180,83 @@ def _iterate(scaled, a, b, max_iter, tol, symmetric=False):
             break
         done = (error <= tol)[..., None]  # [..., 1] these stay: a problem's result must not depend on its batch
         if symmetric:
-            u = v = torch.where(done, u, (u + new) / 2)  # [..., n]
+            u = torch.where(done, u, (u + new) / 2)  # [..., n]
         else:
             uphill = (excess * (new - old)).sum(-1) <= 0  # [...] -excess is the dual's gradient in u
             age = torch.where(uphill, age + 1, 0)  # [...]
             ahead = new + (age / (age + 3))[..., None] * (new - old)  # [..., n]
             u, old = torch.where(done, u, ahead), new  # [..., n], [..., n]
-            v = -torch.logsumexp((log_a + u)[..., :, None] - scaled, -2)  # [..., m]
-    v = new if symmetric else v  # [..., m] the error is that of (u, u) then, which (u, new) improves on
+    if symmetric:
+        u = v = (u + new) / 2  # [..., n] the error is that of u before, which this improves on
+    else:
+        v = -(logits + u[..., :, None]).add_(log_a[..., :, None]).logsumexp(-2)  # [..., m] at removed points too
     return u, v, SinkhornInfo(iteration, error, worst <= tol)  # [..., n], [..., m]
+
+
+def _absorb(logits, u, a, b):
+    """Reference potentials u0 [..., n] and v0 [..., m] near u, and K = exp(u0 + v0 + logits) [..., n, m].
+
+    Two Sinkhorn half-steps in the limit eps -> 0: v0[j] = min_i (C[i, j] / eps - u[i]) over a[i] > 0, then u0 alike.
+    So the largest entry of each row and column of K is exactly 1, whatever u, eps and the weights are.
+    """
+    v0 = -(logits + u.masked_fill(a == 0, -math.inf)[..., :, None]).amax(-2)  # [..., m]
+    u0 = -(logits + v0.masked_fill(b == 0, -math.inf)[..., None, :]).amax(-1)  # [..., n]
+    kernel = (logits + v0[..., None, :]).add_(u0[..., :, None])  # [..., n, m]
+    return u0, v0, kernel.clamp_(max=0).exp_()  # [..., n, m] above 0 only between removed points and others
 
 
 def _solve(x, y, eps, a, b, max_iter, tol, symmetric=False):
     """OT_eps [...] with its gradient, and the info; arguments checked and of one dtype; symmetric: y is x."""
-    centre = y.detach().double().mean(-2, keepdim=True)  # [..., 1, d]
-    x64, y64 = x.detach().double() - centre, y.detach().double() - centre  # [..., n, d], [..., m, d]
-    x_norm, y_norm = x64.square().sum(-1), y64.square().sum(-1)  # [..., n], [..., m]
-    cost = x_norm[..., :, None] + y_norm[..., None, :] - 2 * x64 @ y64.mT  # [..., n, m]
-    scaled = cost.clamp(min=0).to(x.dtype) / eps[..., None, None]  # [..., n, m] no gradient passes the clamp
-    u, v, info = _iterate(scaled, a.detach(), b.detach(), max_iter, tol, symmetric)  # [..., n], [..., m]
+    wide = _working_dtype(x)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        p, q, e = a.to(wide), b.to(wide), eps.to(wide)[..., None]  # [..., n], [..., m], [..., 1]
+        unit = (e / 2).sqrt()[..., None]  # [..., 1, 1] of length: C / eps = |here|^2 / 2 + |there|^2 / 2 - here there^T
+        centre = _product(q, y.to(wide))[..., None, :]  # [..., 1, d]
+        here = (x.to(wide) - centre).div_(unit)  # [..., n, d]
+        there = here if symmetric else (y.to(wide) - centre).div_(unit)  # [..., m, d]
+        logits = _gram(here) if symmetric else here @ there.mT  # [..., n, m]
+        logits.sub_(here.square().sum(-1)[..., :, None] / 2).sub_(there.square().sum(-1)[..., None, :] / 2)
+        u, v, info = _iterate(logits, p, q, max_iter, tol, symmetric)  # [..., n], [..., m]
 
-    # <a, f> + <b, g> - eps (sum P - 1) = <a, phi> + <b, g>, phi = f - eps sum_j b[j] expm1((f + g - C) / eps)
-    # With expm1, eps >> C is exact too: sum P - 1 would round to 1e-7 eps, and f is known no better.
-    row, column = a.detach()[..., :, None], b.detach()[..., None, :]  # [..., n, 1], [..., 1, m]
-    exponent = u[..., :, None] + v[..., None, :] - scaled  # [..., n, m]
-    exponent = exponent.masked_fill(row * column == 0, 0)  # [..., n, m] between removed points: no 0 * inf
-    excess = column * exponent.expm1()  # [..., n, m]
-    phi, g = eps[..., None] * (u - excess.sum(-1)), eps[..., None] * v  # [..., n], [..., m]
-    value = (a * phi).sum(-1) + (b * g).sum(-1)  # [...]
+        # <a, f> + <b, g> - eps (sum P - 1) = <a, phi> + <b, g>, phi = f - eps sum_j b[j] expm1((f + g - C) / eps)
+        # With expm1, eps >> C is exact too: sum P - 1 would round to 1e-7 eps, and f is known no better.
+        # density is P / a b^T - 1 at first. u is added first, as it was for v: what is rounded cancels in P's columns.
+        # The clamp matters only between removed points: no 0 * inf below.
+        density = logits.add_(u[..., :, None]).add_(v[..., None, :]).clamp_(max=80).expm1_()  # [..., n, m]
+        phi, g = e * (u - _product(q, density.mT)), e * v  # [..., n], [..., m]
+        density.add_(1)  # [..., n, m]
 
-    # Envelope gradient, as a term of value 0, linear in the points: backward has no matrix product left.
-    plan = (row * (excess + column)).double()  # [..., n, m]
-    for points, here, there, flow in ((x, x64, y64, plan), (y, y64, x64, plan.mT)):
-        if points.requires_grad:
-            grad = 2 * (flow.sum(-1, keepdim=True) * here - flow @ there)  # [..., n, d] or [..., m, d]
-            value = value + ((points - points.detach()) * grad.to(x.dtype)).sum((-2, -1))  # [...]
+        # Envelope gradient, 2 (sum_j P[i, j] x[i] - sum_j P[i, j] y[j]). If y is x, twice that.
+        sides = ((x, p, here, q, there, density), (y, q, there, p, here, density.mT))
+        terms = []
+        for points, w, near, r, far, flow in sides[:1] if symmetric else sides:
+            if points.requires_grad:
+                grad = _product(r, flow.mT)[..., None] * near - flow @ (r[..., None] * far)  # like points
+                grad.mul_((4 if symmetric else 2) * unit * w[..., None])
+                terms.append((points, grad.to(x.dtype)))
+    value = (a * phi.to(x.dtype)).sum(-1) + (b * g.to(x.dtype)).sum(-1)  # [...]
+    _require(value.isfinite().all(), f"OT must be finite in {x.dtype}: the points are too far apart")
+    for points, grad in terms:  # of value 0, linear in the points: backward has no matrix product left
+        value = value + ((points - points.detach()) * grad).sum((-2, -1))  # [...]
     return value, info
+
+
+def _product(vector, matrix):
+    """vector [..., n] times matrix [..., n, m]: [..., m]. As a row: batches of columns are many times slower."""
+    return (vector[..., None, :] @ matrix)[..., 0, :]
+
+
+def _gram(x, block=128):
+    """x x^T [..., n, n] for x [..., n, d], from the blocks on and above its diagonal: nearly half of the work."""
+    gram = x.new_empty(*x.shape[:-1], x.shape[-2])  # [..., n, n]
+    for i in range(0, x.shape[-2], block):
+        rows = x[..., i:i + block, :] @ x[..., i:, :].mT  # [..., block, n - i]
+        gram[..., i:i + block, i:], gram[..., i:, i:i + block] = rows, rows.mT
+    return gram
+
+
+def _working_dtype(like):
+    return like.dtype if like.device.type == "cpu" else torch.float64
 
 
 def _check_clouds(x, y, a, b, eps=1.0):
@@ -199,7 +265,7 @@ def _check_clouds(x, y, a, b, eps=1.0):
         _require(torch.is_tensor(points) and points.ndim > 1 and points.is_floating_point()
                  and points.numel() > 0,
                  f"{name} must be a non-empty floating point tensor [..., points, dimensions]", points)
-        _require(points.isfinite().all(), f"{name} must be finite")
+        _require(torch.stack(points.detach().aminmax()).isfinite().all(), f"{name} must be finite")
     _require(x.shape[:-2] == y.shape[:-2] and x.shape[-1] == y.shape[-1],
              f"x and y must agree in all but the number of points, got {list(x.shape)} and {list(y.shape)}")
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
@@ -218,7 +284,8 @@ def _check_weights(name, weights, like):
     total = weights.sum(-1, keepdim=True)  # [..., 1]
     _require((weights >= 0).all() and (total > 0).all() and total.isfinite().all(),
              f"{name} must be finite and >= 0 with a positive sum in every batch element")
-    return weights / total  # [..., n]
+    weights = weights / total  # [..., n]
+    return weights.masked_fill((weights > 0) & (weights < LEAST), 0)  # [..., n]
 
 
 def _check_eps(eps, like):

@@ -2,6 +2,8 @@
 
 import doctest
 import math
+import os
+import re
 import warnings
 
 import pytest
@@ -309,3 +311,147 @@ def test_door_of_the_potentials():
 def test_docstring_examples():
     result = doctest.testmod(sinkhorn)
     assert result.attempted > 0 and result.failed == 0, "the example in the module docstring is wrong"
+
+
+# ---- the kernel with absorbed potentials
+
+def log_domain(cost, eps, a, b):
+    """Plain Sinkhorn, logsumexp by logsumexp: (f, g)."""
+    f = torch.zeros_like(a)
+    for _ in range(5000):
+        g = -eps * torch.logsumexp((f[:, None] - cost) / eps + a.log()[:, None], 0)
+        old, f = f, -eps * torch.logsumexp((g - cost) / eps + b.log(), 1)
+        if (f - old).abs().max() < 1e-8 * eps:
+            break
+    return f, g
+
+
+def hard_case(name):
+    """(x, y, a, b, eps) in float64."""
+    x, y, a, b, eps = cloud(9, 2), cloud(7, 2, seed=1), weights(9), weights(7), 0.1
+    if name == "small eps":
+        eps = 0.02
+    elif name == "far clusters":  # C / eps is 2e6 between them
+        x[4:], y[4:], eps = x[4:] + 1e3, y[4:] + 1e3, 1.0
+        a[:], b[:4], b[4:] = 1.0, 1.0, 5 / 3  # 4 : 5 in both clouds
+    elif name == "unequal clusters":  # a part of the mass must cross, at C / eps of 200
+        x[4:], y[4:], eps = x[4:] + 10, y[4:] + 10, 1.0
+        a[:], b[:] = 1.0, 1.0  # 4 : 5 and 4 : 3
+    elif name == "zero weights":
+        a[2:4], b[0], x[2], y[0] = 0, 0, 50, -50
+    elif name == "tiny weights":
+        a[0], b[1] = 1e-20, 1e-15
+    elif name == "tiny":
+        x, y, eps = x * 1e-12, y * 1e-12, eps * 1e-24
+    elif name == "huge":
+        x, y, eps = x * 1e12, y * 1e12, eps * 1e24
+    return x, y, a / a.sum(), b / b.sum(), eps
+
+
+@pytest.mark.parametrize(
+    "name", "plain, small eps, far clusters, unequal clusters, zero weights, tiny weights, tiny, huge".split(", "))
+def test_kernel_equals_the_log_domain(name):
+    x, y, a, b, eps = hard_case(name)
+    cost = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+    f, g = log_domain(cost, eps, a, b)
+    expected, scale = a @ f + b @ g, cost.mean()
+    plan = transport_plan(f, g, cost, eps, a, b)
+    mine = sinkhorn_potentials(cost, eps, a, b, max_iter=5000, tol=1e-8)[:2]
+    close(transport_plan(*mine, cost, eps, a, b), plan, "K @ v is not the log-domain iteration", 0, 1e-7)
+    close(entropic_ot(x, y, eps, a, b, max_iter=5000, tol=1e-8)[0] / scale, expected / scale, "another value", 1e-7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # float32 may stop above 1e-4 where clusters are far
+        single, info = entropic_ot(x.float(), y.float(), eps, a, b, max_iter=5000)
+    close(single.double() / scale, expected / scale, f"float32 underflows in K: {info}", 1e-4, 1e-5)
+
+
+def test_absorbed_kernel_has_a_one_in_each_row_and_column():
+    logits = -50 * cloud(3, 9, 7).square()
+    for u in (torch.zeros(3, 9, dtype=torch.float64), 1e3 * cloud(3, 9, seed=2)):
+        a, b = torch.ones_like(u), torch.ones(3, 7, dtype=torch.float64)
+        a[1, 2], b[1, 4] = 0, 0
+        u0, v0, kernel = sinkhorn._absorb(logits, u, a, b)
+        close(kernel, (u0[..., None] + v0[..., None, :] + logits).clamp(max=0).exp(), "K != exp(u0 + v0 - C / eps)")
+        close(kernel.amax(-1), torch.ones(3, 9), "a row could underflow", 1e-12, 0)
+        close(kernel.amax(-2), torch.ones(3, 7), "a column could underflow", 1e-12, 0)
+
+
+def test_gram_is_the_product_by_blocks():
+    x = cloud(2, 7, 3)
+    for block in (1, 3, 7, 128):
+        close(sinkhorn._gram(x, block), x @ x.mT, f"blocks of {block}", 1e-14, 1e-14)
+
+
+# ---- fuzzing
+
+def fuzz_case(number):
+    """Arguments of sinkhorn_divergence as hostile as they come: shapes, scales, weights, types, values."""
+    rng = torch.Generator().manual_seed(number)
+
+    def pick(options):
+        return options[int(torch.randint(len(options), (), generator=rng))]
+
+    dtype = pick([torch.float32, torch.float32, torch.float64, torch.bfloat16])
+    batch = pick([(), (), (1,), (3,), (2, 2)])
+    n, m, d = (pick([1, 2, 3, 5, 17]) for _ in "nmd")
+    exponent = 60 * torch.rand((), generator=rng, dtype=torch.float64).item() - 30
+    scale = 10.0 ** exponent if number % 3 == 0 else 1.0
+    clouds = []
+    for points in (n, m):
+        cloud = torch.randn(*batch, points, d, generator=rng, dtype=torch.float64)
+        cloud *= pick([1.0, 1.0, 0.0, 1e-3, 1e3])
+        cloud[..., : pick([0, 0, 1, 2]), :] *= pick([10.0, 1e4])  # outliers
+        cloud += pick([0.0, 0.0, 1.0, 1e2])
+        clouds.append((cloud * scale).to(dtype))
+    x, y = clouds
+    if number % 5 == 0:
+        y = x.flip(-2).clone()
+    if number % 11 == 0:
+        pick(clouds)[..., 0, 0] = pick([math.inf, -math.inf, math.nan])
+    sizes = []
+    for cloud in (x, y):
+        w = torch.rand(*pick([batch, ()]), cloud.shape[-2], generator=rng, dtype=torch.float64)
+        w *= 10.0 ** (pick([0, 0, 3, 10, 40]) * torch.randn(w.shape, generator=rng, dtype=torch.float64).abs()).neg()
+        w[torch.rand(w.shape, generator=rng) < (1.0 if number % 17 == 0 else pick([0, 0, 0.2]))] = 0
+        if number % 13 == 0:
+            w[..., 0] = pick([-1.0, math.inf, math.nan, 1e300])
+        sizes.append(pick([None, w, w.to(dtype)]))
+    eps = 10.0 ** (pick([0, 0, -1, -2, -3, 2, 6]))
+    if pick([True, True, False]):
+        eps *= (x.double().square().mean() + y.double().square().mean()).item() * d
+    return x, y, eps, *sizes
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_fuzz_finite_and_right_or_a_clear_error(part):
+    """FUZZ_CASES is the total number of cases."""
+    refused = 0
+    cases = range(part, int(os.environ.get("FUZZ_CASES", 250)), 5)
+    for number in cases:
+        x, y, eps, a, b = fuzz_case(number)
+        leaf = x.clone().requires_grad_()
+        where = f"case {number}: {x.dtype} {list(x.shape)} {list(y.shape)} eps {eps:.1e}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # not converging is allowed, when info says so
+            try:
+                value, info = sinkhorn_divergence(leaf, y, eps, a, b, max_iter=200)
+            except ValueError as error:
+                assert re.search("finite|positive sum", str(error)), f"{where}: not clear: {error}"
+                refused += 1
+                continue
+            value.sum().backward()
+            assert value.isfinite().all() and leaf.grad.isfinite().all(), f"{where}: {value} {leaf.grad}"
+            assert info.marginal_error.isfinite().all(), f"{where}: {info}"
+            if not info.converged:
+                continue
+            other = x.double().requires_grad_()
+            expected, exact = sinkhorn_divergence(other, y.double(), eps, a, b, max_iter=3000, tol=1e-6)
+            expected.sum().backward()
+        points = torch.cat([x, y], -2).double()  # [..., n + m, d]
+        size = (points - points.mean(-2, keepdim=True)).square().sum(-1).amax(-1) + 1e-6 * eps  # [...] of C
+        off = ((value - expected).abs() / size).max().item()
+        assert off < 1e-3 or not exact.converged, f"{where}: value off by {off:.1e} of C"
+        away = ((leaf.grad.double() - other.grad).abs().amax((-2, -1)) / size.sqrt()).max().item()
+        resolved = exact.converged and size.max() / eps < 1e4  # else float32 does not know P
+        assert away < 2e-2 or not resolved, f"{where}: gradient off by {away:.1e} of a distance"
+    assert refused < len(cases) / 2, "most cases are refused: nothing is tested"

@@ -1,0 +1,291 @@
+"""The Sinkhorn divergence with its gradient in x: ours beside POT and geomloss, at the same eps and accuracy.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/sinkhorn.py                                   # about 8 minutes on two cores
+    python benchmarks/sinkhorn.py --sizes 512 1024 --eps-rel 0.1 0.01
+
+Clouds of n points in float32: Gaussians, N(0, 1) against N(0.1, 1.1^2), and last hidden states on completion tokens, of
+a model (x) and of the same one before noise came to its weights (y): the embedded model (d = 128), and a Gemma-3 of two
+layers with random weights (d = 1152). eps = eps_rel * mean(C), with C = |x - y|^2, as `train.py --ot-eps` has it.
+
+Accuracy, measured alike: P is formed in float64 from the potentials of each of the three problems (x, y), (x, x) and
+(y, y), and the L1 distance of its row sums and of its column sums from the weights is at most 1e-4; the value is within
+1e-4 of ours in float64 at a tolerance of 1e-8, relative. Each peer gets the least work that reaches both:
+- POT: `ot.dist`, `ot.bregman.sinkhorn_log` without autograd, with the fewest iterations that do, found for each
+  problem; stopThr=0, as its own stopping test runs at iterations 0, 10, 20 only. Value from the potentials, gradient by
+  the envelope theorem (set_gradients, as `ot.solve(grad="envelope")` does). In OT(x, x) one x is detached, which
+  saves POT a matrix product; the two halves of the gradient are equal.
+- geomloss: `SamplesLoss("sinkhorn", p=2, blur=sqrt(eps / 2), debias=True, backend="tensorized")`, times 2, with the
+  largest step of scaling that does. Its iterations fall from diameter^2 to blur^2, one at each eps; the diameter is its
+  own default (the box of all points), the root of mean(C), or 1.001 blur, whichever takes fewest at the least n.
+- ours: `sinkhorn_divergence` with its defaults.
+
+Then the three take turns, so that a slow moment of the machine hits all of them, and ratios are medians of the ratios
+within a round. Ends with exit status 1 where a value or a marginal misses its 1e-4.
+"""
+
+import argparse
+import copy
+import json
+import math
+import random
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.remove(str(Path(__file__).resolve().parent))  # or `import sinkhorn` would find this file
+
+import torch  # noqa: E402
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402
+
+import policy  # noqa: E402
+import sinkhorn  # noqa: E402
+import tiny  # noqa: E402
+
+try:
+    import ot
+    from geomloss import SamplesLoss
+except ImportError as error:
+    raise SystemExit(f"{error.name} is missing: pip install -r benchmarks/requirements.txt") from None
+
+TOL = 1e-4
+NAMES = ("ours", "POT", "geomloss")
+
+
+# ---- the clouds
+
+def gaussians(n, d):
+    """Two clouds [n, d]."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, n, d, generator=generator)
+    return x, 1.1 * y + 0.1
+
+
+@torch.no_grad()
+def hidden_states(model, tokenizer, n, noise):
+    """x of a model with `noise` (in standard deviations of each weight tensor) and y of the model: [n, d] each."""
+    torch.manual_seed(0)
+    moved = copy.deepcopy(model)
+    for weight in moved.parameters():
+        weight += noise * weight.std() * torch.randn_like(weight)
+    clouds, rng, count = ([], []), random.Random(0), 0
+    while count < n:
+        ids, mask, labels = tiny.encode_examples(tokenizer, rng, 32)
+        predicts = labels[:, 1:] >= 0  # [32, L - 1] the position before each completion token
+        count += int(predicts.sum())
+        for cloud, one in zip(clouds, (moved, model)):
+            states = one.get_decoder()(input_ids=ids, attention_mask=mask).last_hidden_state  # [32, L, d]
+            cloud.append(states[:, :-1][predicts])  # [tokens, d]
+    return [torch.cat(cloud)[:n].clone() for cloud in clouds]
+
+
+def make_clouds(n):
+    """Name -> (x, y)."""
+    model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    torch.manual_seed(0)
+    wide = Gemma3ForCausalLM(Gemma3TextConfig(
+        vocab_size=512, hidden_size=1152, intermediate_size=1152, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=64, pad_token_id=tokenizer.pad_token_id,
+    )).eval()
+    return {
+        "Gaussian, d = 128": gaussians(n, 128), "Gaussian, d = 1152": gaussians(n, 1152),
+        "hidden, d = 128": hidden_states(model, tokenizer, n, 0.05),
+        "hidden, d = 1152": hidden_states(wide, tokenizer, n, 0.05),
+    }
+
+
+# ---- the three: each returns (value [], gradient [n, d])
+
+def ours(x, y, eps):
+    x = x.clone().requires_grad_()
+    value, _ = sinkhorn.sinkhorn_divergence(x, y, eps)
+    value.backward()
+    return value.detach(), x.grad
+
+
+def pot_problem(x, y, eps, iterations):
+    """OT_eps(x, y), differentiable in x, and its potentials over eps."""
+    cost = ot.dist(x, y)  # [n, m]
+    a, b = torch.full_like(cost[:, 0], 1 / cost.shape[0]), torch.full_like(cost[0], 1 / cost.shape[1])  # [n], [m]
+    with torch.no_grad():
+        plan, log = ot.bregman.sinkhorn_log(
+            a, b, cost.detach(), eps, numItermax=iterations, stopThr=0, log=True, warn=False
+        )
+        u, v = log["log_u"] - a.log(), log["log_v"] - b.log()  # [n], [m]
+        value = eps * (a @ u + b @ v)  # [] P has mass 1: its rows are exact
+    return ot.backend.get_backend(x).set_gradients(value, (cost,), (plan,)), u, v
+
+
+def pot(x, y, eps, iterations):
+    x = x.clone().requires_grad_()
+    problems = ((x, y), (x, x.detach()), (y, y))
+    cross, self_x, self_y = (pot_problem(p, q, eps, k)[0] for (p, q), k in zip(problems, iterations))
+    (cross - self_x).backward()  # half of OT(x, x), whose gradient is twice that in one x
+    return (cross - (self_x + self_y) / 2).detach(), x.grad
+
+
+def geomloss_loss(x, y, eps, setting, **options):
+    steps, start = setting  # eps falls from diameter^2 to blur^2 in `steps` factors
+    low, high = torch.cat([x.detach(), y]).aminmax(dim=0)  # [d], [d]
+    blur = math.sqrt(eps / 2)
+    diameter = {"blur": 1.001 * blur, "mean": math.sqrt(sinkhorn.relative_eps(x, y, 1.0)), "box": (high - low).norm()}
+    ratio = blur / float(diameter[start])
+    return SamplesLoss(  # with exactly 1 / steps, rounding could add a step
+        "sinkhorn", p=2, blur=blur, scaling=ratio ** (1 / (steps - 0.01)), diameter=float(diameter[start]),
+        backend="tensorized", **options,
+    )
+
+
+def geomloss(x, y, eps, setting):
+    x = x.clone().requires_grad_()
+    value = 2 * geomloss_loss(x, y, eps, setting, debias=True)(x, y)
+    value.backward()
+    return value.detach(), x.grad
+
+
+def geomloss_potentials(x, y, eps, setting):
+    loss = geomloss_loss(x, y, eps, setting, debias=False, potentials=True)  # the same iterates, not their differences
+    for p, q in ((x, y), (x, x), (y, y)):
+        f, g = loss(p, q)
+        yield p, q, 2 * f.flatten() / eps, 2 * g.flatten() / eps
+
+
+def our_potentials(x, y, eps):
+    found, solver = [], sinkhorn._iterate
+
+    def spy(*args, **kwargs):
+        found.append(solver(*args, **kwargs))
+        return found[-1]
+
+    sinkhorn._iterate = spy
+    try:
+        sinkhorn.sinkhorn_divergence(x, y, eps)
+    finally:
+        sinkhorn._iterate = solver
+    return [(p, q, u, v) for (p, q), (u, v, _) in zip(((x, y), (x, x), (y, y)), found)]
+
+
+# ---- accuracy
+
+def marginal_errors(potentials, eps):
+    """The larger L1 error of P's row and column sums, of each problem; weights are uniform."""
+    errors = []
+    for p, q, u, v in potentials:
+        p, q, u, v = p.double(), q.double(), u.double(), v.double()
+        cost = p.square().sum(-1)[:, None] + q.square().sum(-1) - 2 * p @ q.T  # [n, m]
+        plan = (u[:, None] + v - cost / eps).exp_().div_(cost.numel())  # [n, m]
+        rows, columns = plan.sum(1) - 1 / len(p), plan.sum(0) - 1 / len(q)  # [n], [m]
+        errors.append(max(rows.abs().sum().item(), columns.abs().sum().item()))
+    return errors
+
+
+def fewest(passes, start):
+    """The least k >= 1 that passes, sought about `start`, where every larger one passes too."""
+    bad, good = 0, start
+    while not passes(good):
+        bad, good = good, math.ceil(1.3 * good)
+        if good > 2000:
+            raise SystemExit(f"a peer does not come within {TOL:g} in {bad} iterations")
+    middle = good - 1  # often the answer is start
+    while good - bad > 1:
+        bad, good = (bad, middle) if passes(middle) else (middle, good)
+        middle = (good + bad) // 2
+    return good
+
+
+def settle_pot(x, y, eps, truth, iterations):
+    """The fewest iterations of each problem, and what they reach."""
+    problems = ((x, y), (x, x.clone()), (y, y.clone()))
+    iterations = [
+        fewest(lambda k, p=p, q=q: marginal_errors([(p, q, *pot_problem(p, q, eps, k)[1:])], eps)[0] <= TOL, start)
+        for (p, q), start in zip(problems, iterations)
+    ]
+    errors = marginal_errors([(p, q, *pot_problem(p, q, eps, k)[1:]) for (p, q), k in zip(problems, iterations)], eps)
+    return iterations, max(errors), abs(pot(x, y, eps, iterations)[0].item() / truth - 1)
+
+
+def settle_geomloss(x, y, eps, truth, setting):
+    """(steps, start) with the fewest steps, and what they reach; the start is chosen once for each pair of clouds."""
+    def accuracy(steps, start):
+        errors = marginal_errors(geomloss_potentials(x, y, eps, (steps, start)), eps)
+        return max(errors), abs(geomloss(x, y, eps, (steps, start))[0].item() / truth - 1)
+
+    starts = [setting] if setting else [(10, "blur"), (10, "mean"), (10, "box")]
+    best = min((fewest(lambda k, s=start: max(accuracy(k, s)) <= TOL, steps), start) for steps, start in starts)
+    return best, *accuracy(*best)
+
+
+def compare(x, y, eps, rounds, settings):
+    """One row of the table; settings: what the peers needed at the size before, here brought up to date."""
+    truth = sinkhorn.sinkhorn_divergence(x.double(), y.double(), eps, tol=1e-8)[0].item()
+    settings["POT"], *pot_accuracy = settle_pot(x, y, eps, truth, settings["POT"])
+    settings["geomloss"], *geomloss_accuracy = settle_geomloss(x, y, eps, truth, settings["geomloss"])
+    value, _ = ours(x, y, eps)
+    accuracy = {
+        "ours": [max(marginal_errors(our_potentials(x, y, eps), eps)), abs(value.item() / truth - 1)],
+        "POT": pot_accuracy, "geomloss": geomloss_accuracy,
+    }
+    run = {
+        "ours": lambda: ours(x, y, eps), "POT": lambda: pot(x, y, eps, settings["POT"]),
+        "geomloss": lambda: geomloss(x, y, eps, settings["geomloss"]),
+    }
+    seconds = {name: [] for name in NAMES}
+    gradients = {}
+    for _ in range(rounds + 1):
+        for name in NAMES:
+            start = time.perf_counter()
+            _, gradients[name] = run[name]()
+            seconds[name].append(time.perf_counter() - start)
+    seconds = {name: values[1:] for name, values in seconds.items()}  # the first round warms up
+    ratios = {name: statistics.median(o / p for o, p in zip(seconds["ours"], seconds[name])) for name in NAMES[1:]}
+    return {
+        "value": truth, "eps": eps, "settings": dict(settings), "ratio": max(ratios.values()), "ratios": ratios,
+        "iterations": sinkhorn.sinkhorn_divergence(x, y, eps)[1].iterations,
+        "marginal_error": {name: accuracy[name][0] for name in NAMES},
+        "value_error": {name: accuracy[name][1] for name in NAMES},
+        "gradient_difference": {
+            name: ((gradients[name] - gradients["ours"]).norm() / gradients["ours"].norm()).item() for name in NAMES[1:]
+        },
+        "ms": {name: 1e3 * statistics.median(seconds[name]) for name in NAMES}, "seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096], help="n, rising")
+    parser.add_argument("--eps-rel", type=float, nargs="+", default=[0.1], help="eps / mean(C)")
+    parser.add_argument("--rounds", type=int, default=9, help="at n <= 1024; fewer above, at least 2")
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs")
+    args = parser.parse_args()
+    warnings.simplefilter("error", RuntimeWarning)  # ours says so when it does not converge
+    clouds, rows = make_clouds(max(args.sizes)), []
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, POT {ot.__version__}; milliseconds\n")
+    print("| clouds | eps | n | ours | POT | geomloss | ours / faster | iterations |\n" + "|---" * 8 + "|")
+    for eps_rel in args.eps_rel:
+        for name, (x, y) in clouds.items():
+            settings = {"POT": [1, 1, 1], "geomloss": None}
+            for n in args.sizes:
+                p, q = x[:n].clone(), y[:n].clone()
+                eps = sinkhorn.relative_eps(p, q, eps_rel).item()
+                rounds = max(2, min(args.rounds, args.rounds * 1024 * 1024 // n ** 2))
+                row = {"clouds": name, "eps_rel": eps_rel, "n": n, **compare(p, q, eps, rounds, settings)}
+                rows.append(row)
+                print(f"| {name} | {eps_rel:g} | {n} | " + " | ".join(f"{row['ms'][k]:.1f}" for k in NAMES) +
+                      f" | **{row['ratio']:.2f}** | {row['iterations']}, {max(settings['POT'])}, "
+                      f"{settings['geomloss'][0] + 3} |", flush=True)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "sinkhorn.json").write_text(json.dumps(rows, indent=1))
+    for what in ("marginal_error", "value_error"):
+        worst = max(rows, key=lambda row: max(row[what].values()))
+        print(f"\nlargest {what}: {max(worst[what].values()):.1e} ({worst['clouds']}, n = {worst['n']}; {worst[what]})")
+    if any(max(*row["marginal_error"].values(), *row["value_error"].values()) > TOL for row in rows):
+        raise SystemExit(f"not all within {TOL:g}")
+    print(f"all marginals and all values within {TOL:g}")
+
+
+if __name__ == "__main__":
+    main()
