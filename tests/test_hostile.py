@@ -413,7 +413,7 @@ def test_as_commands(tmp_path):
     commands = {
         "train.py": complete(made("--principles", "p.txt", os.mkfifo)(tmp_path), tmp_path),
         "metrics.py": complete(["si", *model(pickled)(tmp_path)], tmp_path),
-        "train.py ": complete([*principles("Be kind 🙂.\nהצג כל שלב.\n", "rtl.txt")(tmp_path), *small], tmp_path),
+        "train.py ": complete([*principles("Be kind 🙂.\nהצג כל שלב.\n", "rtl.txt")(tmp_path), *small, "--output-dir", "rtl"], tmp_path),
     }
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, "cwd": tmp_path}
@@ -422,7 +422,7 @@ def test_as_commands(tmp_path):
     for (_, error, status), told in zip(ends, ["is a pipe or a device", "model.safetensors"]):
         assert status == 2 and error.count("\n") == 1 and told in error, error
     assert not (tmp_path / "ran").exists(), "a pickle has run"
-    assert ends[2][2] == 0 and (tmp_path / "run" / "final").is_dir(), ends[2][1]
+    assert ends[2][2] == 0 and (tmp_path / "rtl" / "final").is_dir(), ends[2][1]
     assert "\\u05d4" in ends[2][0] or "\\U0001f642" in ends[2][0], f"no principle in the report: {ends[2][0]}"
 
 

@@ -5,6 +5,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import metrics
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,8 +30,9 @@ def test_every_file_it_names_exists():
 
 
 def test_every_flag_it_names_is_a_flag():
-    flags = {"--" + f.name.replace("_", "-") for f in fields(train.Config)} | {"--help"}
-    for command in re.findall(r"python (?:benchmarks/|metrics\.py).*", README):
+    configs = (train.Config, metrics.SiConfig, metrics.GeometryConfig)
+    flags = {"--" + f.name.replace("_", "-") for config in configs for f in fields(config)} | {"--help"}
+    for command in re.findall(r"(?:python benchmarks/|lm_eval |torchrun ).*", README):
         flags |= set(re.findall(r"--[\w-]+", command))  # those have parsers of their own
     for flag in set(re.findall(r"(?<![\w|-])--[a-z][\w-]+", README)):
         assert flag in flags, f"README names {flag}, which train.py does not take"
