@@ -131,7 +131,8 @@ def load_questions(source, question_field=None, answer_field=None, config=None, 
     return list(questions.values())
 
 
-def _flag(help, default=None):
+def option(default, help):
+    """A field of the dataclass that a command line is made from (transformers.HfArgumentParser)."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
@@ -139,11 +140,11 @@ def _flag(help, default=None):
 class DatasetConfig:
     """The flags that say where questions come from: train.py and metrics.py share them."""
 
-    dataset: str | None = _flag("questions: .jsonl, .parquet, .csv or a hub id; else the embedded task's")
-    dataset_config: str | None = _flag("configuration of a hub data set, such as main of openai/gsm8k")
-    dataset_train_split: str = _flag("split of a hub data set; the held-out questions are of it too", "train")
-    question_field: str | None = _flag("where it is not question or source")
-    answer_field: str | None = _flag("where it is not answer, or target beside source; optional, never rewarded")
+    dataset: str | None = option(None, "questions: .jsonl, .parquet, .csv or a hub id; else the embedded task's")
+    dataset_config: str | None = option(None, "configuration of a hub data set, such as main of openai/gsm8k")
+    dataset_train_split: str = option("train", "split of a hub data set; the held-out questions are of it too")
+    question_field: str | None = option(None, "where it is not question or source")
+    answer_field: str | None = option(None, "where it is not answer, or target beside source; optional, never rewarded")
 
     @property
     def is_hub_set(self):

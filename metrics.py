@@ -47,6 +47,7 @@ from data import (
     check_flags,
     encode_prompts,
     load_principles,
+    option,
     save_principles,
 )
 from grpo import TAGS, format_reward
@@ -394,10 +395,6 @@ MAX_SCORED_ALL = 16  # principles; of more, each chain of thought meets MAX_SCOR
 SAMPLED_ROWS = 128  # completions sampled together
 HIDDEN_ELEMENTS = 2**24  # of the hidden states of the completions that are scored together: 64 MB
 NEAR_CEILING = 0.95  # a set SI from which more principles, not more questions, would tell more
-
-
-def option(default, help):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass

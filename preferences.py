@@ -97,15 +97,15 @@ def preference_loss(model, pairs: Pairs, config):
 def evaluate_pairs(model, tokenizer, pairs: Pairs, config, names: list[str] | None) -> tuple[dict, tuple | None]:
     """(values [P] by name, example); with format and accuracy of a completion of each prompt, if that has a name.
 
-    names: what each completion is a function of, see policy.uniform_numbers. pair_margin is in nats of log-ratio,
-    whatever the loss and beta; pair_accuracy says whether it is positive; pair_logratio_chosen and
-    pair_logratio_rejected are its two parts.
+    names: what each completion is a function of, see policy.uniform_numbers. pair_logratio_margin is in nats, whatever
+    the loss and beta; pair_accuracy says whether it is positive; pair_logratio_chosen and pair_logratio_rejected are
+    its two parts.
     """
     now = with_reference(model, pairs, config.temperature).ref_logp  # [P, 2]
     ratio = now - pairs.ref_logp  # [P, 2]
     margin = ratio[:, 0] - ratio[:, 1]  # [P]
     values = {
-        "pair_margin": margin,
+        "pair_logratio_margin": margin,
         "pair_accuracy": (margin > 0).float(),
         "pair_logratio_chosen": ratio[:, 0],
         "pair_logratio_rejected": ratio[:, 1],

@@ -299,7 +299,8 @@ def append_json(path: Path, value) -> None:
 
 
 def summary(values) -> str:
-    names = [n for n in ("format", "accuracy", "si", "sinkhorn", "pair_accuracy", "pair_margin") if n in values]
+    told = "format", "accuracy", "si", "sinkhorn", "pair_accuracy", "pair_logratio_margin"
+    names = [n for n in told if n in values]
     return f"{values['questions']} held-out questions, " + ", ".join(f"{n} {values[n]['mean']:.2f}" for n in names)
 
 

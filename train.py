@@ -27,7 +27,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +46,7 @@ from data import (
     build_messages,
     check_flags,
     encode_prompts,
+    option,
 )
 from grpo import format_reward, group_advantages, grpo_loss
 from infonce import column_info_nce, row_info_nce, symmetric_info_nce
@@ -86,10 +87,6 @@ from run import (
     write_json,
 )
 from sinkhorn import relative_eps, sinkhorn_divergence
-
-
-def option(default, help, **kwargs):
-    return field(default=default, metadata={"help": help, **kwargs})
 
 
 @dataclass

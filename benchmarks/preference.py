@@ -22,7 +22,7 @@ from benchmarks.common import interval, run_training, side_by_side  # noqa: E402
 
 BETAS = {"infopo": ("0.1", "0.3", "1"), "dpo": ("0.1", "0.3", "1")}
 RATES = ("1e-4", "2e-4")
-COLUMNS = ("accuracy", "format", "pair_accuracy", "pair_margin", "pair_logratio_chosen", "pair_logratio_rejected")
+COLUMNS = ("accuracy", "format", "pair_accuracy", *(f"pair_logratio_{of}" for of in ("margin", "chosen", "rejected")))
 GRID_SEED = 100
 
 

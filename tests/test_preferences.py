@@ -219,9 +219,9 @@ def test_a_run_on_pairs_alone(tmp_path):
     assert steps[2]["pair_margin"] != 0, "the reference moves with the policy"
     evals = json.loads((tmp_path / "run" / "eval.json").read_text())
     for when in ("start", "end"):
-        for name in ("format", "accuracy", "pair_margin", "pair_accuracy", "pair_logratio_chosen"):
+        for name in ("format", "accuracy", "pair_logratio_margin", "pair_accuracy", "pair_logratio_chosen"):
             assert evals[when][name]["low"] <= evals[when][name]["high"]
-    assert abs(evals["start"]["pair_margin"]["mean"]) < 1e-3 and evals["end"]["pair_margin"]["mean"] != 0
+    assert abs(evals["start"]["pair_logratio_margin"]["mean"]) < 1e-3 and evals["end"]["pair_logratio_margin"]["mean"] != 0
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
 
 
@@ -236,7 +236,7 @@ def test_a_short_training_prefers_the_chosen(tiny_model, loss):
         tiny_model[0], preferences.encode_pairs(model, tokenizer, tiny.make_pairs(32, True)), 1.0
     )
     values, _ = preferences.evaluate_pairs(model, tokenizer, held_out, config, names=None)
-    assert abs(margins[0]) < 1e-3 and values["pair_margin"].mean() > 0.5, f"chosen and rejected swapped? {margins}"
+    assert abs(margins[0]) < 1e-3 and values["pair_logratio_margin"].mean() > 0.5, f"chosen and rejected swapped? {margins}"
 
 
 def test_principles_and_pairs_together_add_the_fourth_term(tmp_path):
@@ -246,7 +246,7 @@ def test_principles_and_pairs_together_add_the_fourth_term(tmp_path):
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {"loss_grpo", "loss_mi", "loss_ot", "loss_preference", "reward"} <= set(steps[0])
     evals = json.loads((tmp_path / "run" / "eval.json").read_text())
-    assert {"format", "si", "sinkhorn", "pair_margin"} <= set(evals["end"])
+    assert {"format", "si", "sinkhorn", "pair_logratio_margin"} <= set(evals["end"])
 
 
 @pytest.mark.parametrize(
