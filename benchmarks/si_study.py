@@ -1,6 +1,6 @@
 """Does SI, measured before training, predict the training? Twelve sets of four principles, on the embedded model.
 
-    python benchmarks/si_study.py                       # two hours on two cores; finished runs are kept
+    python benchmarks/si_study.py                       # an hour and a half on two cores; finished runs are kept
     python benchmarks/si_study.py --seeds 1 --jobs 1
 
 The sets go from clearly distinct principles over paraphrases of one to strings without meaning. For each: SI and reach
@@ -140,7 +140,7 @@ def plot(predictors, runs, chosen, path) -> None:
             axis.set(xlabel=f"{predictor} of the set, before training")
     for axis, title in zip(axes[0], outcomes.values(), strict=True):
         axis.set_title(title, fontsize=10)
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=110)
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import run as around
 import tiny
 import train
 
@@ -426,9 +427,9 @@ def test_with_several_iterations_the_run_itself_leads_to_the_failure(flags, tmp_
 def test_what_goes_on_for_some_steps_is_said_once(stats, told, flags):
     config, streaks = train.parse(flags), Counter()
     good = {"reward": 0.5, "zero_variance_groups": 0.5, "truncated": 0.2, "sinkhorn_converged": 1.0}
-    for each in [stats] * (train.PATIENCE - 1) + [good] + [stats] * (train.PATIENCE - 1):
-        assert not train.signs_of_trouble(each, streaks, config), "not in a row"
-    (told_line,) = train.signs_of_trouble(stats, streaks, config)
+    for each in [stats] * (around.PATIENCE - 1) + [good] + [stats] * (around.PATIENCE - 1):
+        assert not around.signs_of_trouble(each, streaks, config), "not in a row"
+    (told_line,) = around.signs_of_trouble(stats, streaks, config)
     assert told in told_line
     for each in [stats] * 20 + [good] + [stats] * 20 + [{"pair_margin": 0.1}] * 20:
-        assert not train.signs_of_trouble(each, streaks, config), "said twice"
+        assert not around.signs_of_trouble(each, streaks, config), "said twice"
