@@ -20,6 +20,7 @@ import contextlib
 import functools
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,8 @@ def load_model(name: str, device, bf16: bool = False, recompute_rows: int | None
     `recompute_rows` (see `hidden_states`).
     """
     try:
+        if (Path(name) / "adapter_config.json").is_file():  # without peft the library would leave it out in silence
+            raise ValueError("it holds an adapter, which has to be merged first (final/ of a run is)")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True,

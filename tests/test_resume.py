@@ -149,6 +149,7 @@ def test_a_second_signal_stops_at_once_and_what_was_saved_stays_whole(flags, tmp
 
 def test_ctrl_c_without_save_steps_saves_too_and_latest_finds_it(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(train, "record", signals_after(1, signal.SIGINT))
         with pytest.raises(SystemExit) as ended:
@@ -156,7 +157,7 @@ def test_ctrl_c_without_save_steps_saves_too_and_latest_finds_it(flags, tmp_path
     assert ended.value.code == 130 and "python train.py --resume runs/here" in capsys.readouterr().err
     (tmp_path / "runs" / "newer").mkdir()  # has no checkpoint
     assert train.parse(["--resume", "latest"]).resume == "runs/here/checkpoints/step_1"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_with_lora_only_the_adapters_are_stored_and_the_run_is_the_same(flags, tmp_path, monkeypatch):
