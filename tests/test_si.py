@@ -155,7 +155,7 @@ def test_scores_and_answers_equal_the_plain_forward(tiny_model):
         data.encode_prompts(tokenizer, [data.build_messages(q.text, text) for text in texts]) for q in questions
     ]
     answers = [q.answer for q in questions[:5]] + [None]
-    chains = metrics.sample_chains(model, tokenizer, prompts, 40, 0.8, torch.Generator().manual_seed(0))
+    chains = metrics.sample_chains(model, tokenizer, prompts, 40, 0.8, seed=1)
     written_by = metrics.draw_candidates(3, 6, 2, seed=0)
     scores, answer_logp = metrics.score_chains(model, tokenizer, prompts, chains, answers, written_by, 0.8)
     kinds, table = set(), torch.zeros(6, 3, 3)
