@@ -112,8 +112,7 @@ def posterior_information(scores):
     smaller, as good as 3 to 14 times the questions. -inf off the diagonal: no candidate. Source: our choice.
     """
     _check_scores(scores)
-    candidates = scores.isfinite().sum(-1).amax().item()  # C
-    return math.log(candidates) - torch.special.entr(scores.softmax(-1)).sum(1)  # [N, K]
+    return _ceiling(scores) - torch.special.entr(scores.softmax(-1)).sum(1)  # [N, K]
 
 
 def sufficiency_index(scores):
@@ -136,7 +135,7 @@ def reach(scores):
     questions. Source: our choice, and benchmarks/si_study.py shows what for.
     """
     _check_scores(scores)
-    ceiling = math.log(scores.isfinite().sum(-1).amax().item())  # log K, or that of the candidates: see above
+    ceiling = _ceiling(scores)
     return (ceiling - row_info_nce(scores)).double().quantile(0.9, dim=0).clamp(min=0) / ceiling  # [K]
 
 
@@ -215,6 +214,11 @@ def select_subset(scores, size: int, exact_up_to: int = 5000) -> list[int]:
             chosen, value = swapped, swapped_value
         ends[chosen] = value
     return sorted(max(ends, key=ends.get))
+
+
+def _ceiling(scores) -> float:
+    """log of the number of candidates: K, or fewer where -inf off the diagonal marks principles that were none."""
+    return math.log(scores.isfinite().sum(-1).amax().item())
 
 
 def _check_scores(scores) -> None:

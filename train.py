@@ -510,7 +510,8 @@ def train(config: Config) -> Path:
                 batch = None
                 if data.principles:
                     mine = parallel.part(config.num_questions)
-                    drawn = [all[mine.start : mine.stop] for all in draw(data.questions, data.principles, config, step)]
+                    whole = draw(data.questions, data.principles, config, step)
+                    drawn = [each[mine.start : mine.stop] for each in whole]
                     names = [f"{config.seed} step {step} question {n}" for n in mine]
                     batch = roll_out(model, tokenizer, *drawn, config.num_generations, config, names)
                 sampled = time.perf_counter()

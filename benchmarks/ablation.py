@@ -9,9 +9,7 @@ repeated. Writes ablation.json and ablation.png there and prints the table. `fol
 visibly follow their principle (tiny.follows): no loss and no metric of the training sees it.
 """
 
-import argparse
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -19,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import interval, run_script, run_training, side_by_side  # noqa: E402
+from benchmarks.common import interval, make_parser, run_script, run_training, side_by_side  # noqa: E402
 
 VARIANTS = {
     "GRPO": ["--lambda-mi", "0", "--lambda-ot", "0"],
@@ -100,10 +98,7 @@ def plot(results, path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "ablation")
+    parser = make_parser(__doc__, "ablation", 5)
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     args, extra = parser.parse_known_args()  # what is left goes to train.py
     args.output_dir.mkdir(parents=True, exist_ok=True)

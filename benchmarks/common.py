@@ -1,5 +1,6 @@
 """What the benchmark scripts share: trainings in processes of their own, side by side, and intervals over seeds."""
 
+import argparse
 import json
 import math
 import os
@@ -12,6 +13,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # two-sided, n - 1 degrees
+
+
+def make_parser(doc: str, name: str, seeds: int) -> argparse.ArgumentParser:
+    """The flags that all studies of many trainings have; runs go to runs/<name> by default."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / name)
+    return parser
 
 
 def run_script(*arguments) -> str:

@@ -9,16 +9,14 @@ at the setting of the grid whose implicit accuracy comes nearest to InfoPO's. Fi
 Writes preference.json and preference.png there, and prints the tables.
 """
 
-import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import interval, run_training, side_by_side  # noqa: E402
+from benchmarks.common import interval, make_parser, run_training, side_by_side  # noqa: E402
 
 BETAS = {"infopo": ("0.1", "0.3", "1"), "dpo": ("0.1", "0.3", "1")}
 RATES = ("1e-4", "2e-4")
@@ -70,10 +68,7 @@ def plot(results, path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "preference")
+    parser = make_parser(__doc__, "preference", 5)
     args, extra = parser.parse_known_args()  # what is left goes to train.py
     args.output_dir.mkdir(parents=True, exist_ok=True)
 

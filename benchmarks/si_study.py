@@ -17,9 +17,7 @@ opposites of four, empty phrases and strings) against random fours of the same p
 was added to SI: they confirm. Writes si_study.json and si_study.png into --output-dir.
 """
 
-import argparse
 import json
-import os
 import random
 import statistics
 import sys
@@ -28,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import run_script, run_training, side_by_side  # noqa: E402
+from benchmarks.common import make_parser, run_script, run_training, side_by_side  # noqa: E402
 from tiny import STYLES  # noqa: E402
 
 
@@ -145,10 +143,7 @@ def plot(predictors, runs, chosen, path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "si_study")
+    parser = make_parser(__doc__, "si_study", 3)
     args, extra = parser.parse_known_args()  # what is left goes to train.py
     files = write_sets(args.output_dir / "sets")
     chosen = [name for name in files if name not in SETS]
