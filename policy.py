@@ -10,14 +10,15 @@ Gradients flow through the copied cache, so values and gradients are those of th
 Llama, Gemma-3 and Qwen-3); the K·G completions of a question cost K prompts, not K·K·G. The temperature divides the
 logits here, in sampling and scoring alike: a ratio or a score is about the distribution that was sampled from.
 
-Logits exist for a chunk of completion tokens at a time, never for prompts or padding, and are made again in the
-backward pass: a [rows, T, V] tensor would take more memory than the model.
+Logits exist for a block of completion tokens and vocabulary at a time, never for prompts or padding, and are made
+again in the backward pass: a [rows, T, V] tensor would take more memory than the model.
 
 To copy: it needs torch, transformers, the class InputError, and checkpoint.written_whole.
 """
 
 import contextlib
 import functools
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from checkpoint import written_whole
 from data import InputError
 
-LOGITS_PER_CHUNK = 2**26  # elements of the largest block of logits: 256 MB in float32
+LOGITS_PER_CHUNK = 2**22  # elements of the largest block of logits: 16 MB in a CPU's cache; 16 times as many on a GPU
 # Rows are sorted by length and sent so many at a time: fewer waste less on padding, more keep a processor busy. Of 16,
 # 32 and 64, 32 is best for all terms of the embedded model together on two threads, and nearly so for GRPO alone.
 ROWS_PER_FORWARD = 32  # on a CPU; a GPU gets twice as many
@@ -250,6 +251,8 @@ def _copy_cache(layers, rows, room: int = 0) -> DynamicCache:
         if room:
             cache.layers.append(_RoomyLayer(keys, values, room))
         else:
+            for states in (keys, values) if keys.requires_grad else ():
+                states.register_hook(torch.Tensor.contiguous)  # adding up rows of a strided gradient is 4 times slower
             cache.update(keys, values, index)
     return cache
 
@@ -478,82 +481,100 @@ def _call(function, *args):
     return function(*args)
 
 
+def block_side(device) -> int:
+    """Rows, and columns, of the blocks of logits in `log_probs`."""
+    return math.isqrt(LOGITS_PER_CHUNK * (1 if device.type == "cpu" else 16))
+
+
 @autocast
-def log_probs(model, hidden, tokens, mask, temperature, logits_per_chunk: int = LOGITS_PER_CHUNK):
+def log_probs(model, hidden, tokens, mask, temperature, logits_per_chunk: int | None = None):
     """Log-probability of each token under softmax(head(hidden) / temperature): tokens' shape, nats, 0 off the mask.
 
-    hidden: [..., d]; tokens and mask: [...]. The logits of at most `logits_per_chunk` elements exist at a time.
+    hidden: [..., d]; tokens and mask: [...]. The logits of at most `logits_per_chunk` elements exist at a time, by
+    default 2**22 on a CPU and 2**26 on a GPU.
     """
     if hidden.shape[:-1] != tokens.shape or mask.shape != tokens.shape:
         raise ValueError(
             f"expected hidden [..., d] with tokens and mask [...], got {list(hidden.shape)}, {list(tokens.shape)} "
             f"and {list(mask.shape)}"
         )
+    out = model.get_output_embeddings()
+    if type(out) is not torch.nn.Linear:
+        raise ValueError(f"expected a model whose head is torch.nn.Linear, got {type(out).__name__}")
     where = mask.flatten().nonzero()[:, 0]  # [M]
     states, targets = hidden.flatten(0, -2).index_select(0, where), tokens[mask]  # [M, d], [M]
-    out = model.get_output_embeddings()
-    size = max(1, logits_per_chunk // len(out.weight))
-    if len(states) <= size:
-        logits = head(model, states) / temperature  # [M, V]
-        flat = logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)  # [M]
-    else:
-        weight = out.weight  # [V, d]
-        if out.bias is not None:
-            states, weight = F.pad(states, (0, 1), value=1), torch.cat([weight, out.bias[:, None]], 1)  # both d + 1
-        flat = _TokenLogProbs.apply(states, weight, targets, temperature, _softcap(model), size)  # [M]
+    weight = out.weight  # [V, d]
+    if out.bias is not None:
+        states, weight = F.pad(states, (0, 1), value=1), torch.cat([weight, out.bias[:, None]], 1)  # both d + 1
+    side = math.isqrt(logits_per_chunk) if logits_per_chunk else block_side(states.device)
+    flat = _TokenLogProbs.apply(states, weight, targets, temperature, _softcap(model), side)  # [M]
     return flat.new_zeros(tokens.shape).masked_scatter(mask, flat)  # [...]
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log softmax(logits / temperature)[target] of M rows, `size` rows at a time in both directions.
+    """log softmax(logits / temperature)[target] of M rows, by blocks [side, side] of the logits in both directions.
 
     Backward, p the softmax and g the incoming gradient: d logits = g (onehot - p) / temperature. The logits are made
-    again, a fourth product beside the three of the plain way, and all else happens in place in them: with autograd
-    on chunks every step would be another [size, V] tensor, and every chunk another gradient [V, d] of the weights.
+    again, a fourth matrix product beside the three of the plain way, and yet it is the faster way on a CPU: a block is
+    changed in place, in the cache, where autograd writes five tensors [M, V] to memory.
     """
 
     @staticmethod
-    def forward(ctx, states, weight, targets, temperature, cap, size):
+    def forward(ctx, states, weight, targets, temperature, cap, side):
         logp, lse = states.new_empty(len(states)), states.new_empty(len(states))  # [M] both
-        for part in range(0, len(states), size):
-            rows = slice(part, part + size)
-            logits = _logits(states[rows], weight, temperature, cap)  # [C, V]
-            top, target = logits.amax(-1), logits.gather(-1, targets[rows, None])[:, 0]  # [C] both
-            lse[rows] = logits.sub_(top[:, None]).exp_().sum(-1).log_() + top  # [C]
-            logp[rows] = target - lse[rows]  # [C]
+        for rows in _slices(len(states), side):
+            target, parts = torch.zeros_like(lse[rows]), []  # [r], one logsumexp [r] for each block
+            for columns in _slices(len(weight), side):
+                logits = _logits(states[rows], weight[columns], temperature, cap)  # [r, c]
+                here, index = _inside(targets[rows], columns)  # [h] both
+                target[here] = logits[here, index]
+                top = logits.amax(-1)  # [r]
+                parts.append(logits.sub_(top[:, None]).exp_().sum(-1).log_() + top)  # [r]
+            lse[rows] = torch.stack(parts).logsumexp(0)  # [r]
+            logp[rows] = target - lse[rows]  # [r]
         ctx.save_for_backward(states, weight, targets, lse)
-        ctx.settings = temperature, cap, size, torch.is_autocast_enabled(states.device.type)
+        ctx.settings = temperature, cap, side, torch.is_autocast_enabled(states.device.type)
         return logp
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         states, weight, targets, lse = ctx.saved_tensors
-        temperature, cap, size, bf16 = ctx.settings
-        d_states = torch.empty_like(states)  # [M, d]
+        temperature, cap, side, bf16 = ctx.settings
+        g = g / temperature  # [M]
+        d_states = torch.zeros_like(states)  # [M, d]
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # [V, d]
         with torch.autocast(states.device.type, torch.bfloat16, enabled=bf16):
-            for part in range(0, len(states), size):
-                rows = slice(part, part + size)
-                logits = _logits(states[rows], weight, temperature, cap)  # [C, V]
-                slope = None if cap is None else 1 - (logits * (temperature / cap)).square_()  # [C, V] of cap·tanh
-                d_logits = logits.sub_(lse[rows, None]).exp_().mul_(-g[rows, None])  # [C, V]
-                d_logits.scatter_add_(1, targets[rows, None], g[rows, None]).div_(temperature)
-                d_logits = d_logits if slope is None else d_logits.mul_(slope)  # [C, V]
-                d_states[rows] = (d_logits @ weight).to(states.dtype)  # [C, d]
-                if d_weight is not None and bf16:
-                    d_weight += d_logits.T @ states[rows]  # [V, d]
-                elif d_weight is not None:
-                    d_weight.addmm_(d_logits.T, states[rows])  # [V, d] without a second one
+            for rows in _slices(len(states), side):
+                for columns in _slices(len(weight), side):
+                    logits = _logits(states[rows], weight[columns], temperature, cap)  # [r, c]
+                    slope = None if cap is None else 1 - (logits * (temperature / cap)).square_()  # [r, c] of cap·tanh
+                    d_logits = logits.sub_(lse[rows, None]).exp_().mul_(-g[rows, None])  # [r, c]
+                    here, index = _inside(targets[rows], columns)  # [h] both
+                    d_logits[here, index] += g[rows][here]
+                    d_logits = d_logits if slope is None else d_logits.mul_(slope)  # [r, c]
+                    d_states[rows] += d_logits @ weight[columns]  # [r, d]
+                    if d_weight is not None:
+                        d_weight[columns] += d_logits.T @ states[rows]  # [c, d]
         return d_states, d_weight, None, None, None, None
 
 
+def _slices(length, size):
+    return [slice(start, start + size) for start in range(0, length, size)]
+
+
+def _inside(targets, columns):
+    """(rows whose target is in this slice of columns, its place in it), [h] both."""
+    here = ((targets >= columns.start) & (targets < columns.stop)).nonzero()[:, 0]  # [h]
+    return here, targets[here] - columns.start
+
+
 def _logits(states, weight, temperature, cap):
-    """What `head` makes, over the temperature, in one block of memory: states [C, d], weight [V, d] -> [C, V]."""
-    logits = _at_least_float32(F.linear(states, weight))  # [C, V]
+    """What `head` makes of some of the vocabulary, over the temperature: states [r, d], weight [c, d] -> [r, c]."""
+    logits = _at_least_float32(F.linear(states, weight))  # [r, c]
     if cap is not None:
         logits.div_(cap).tanh_().mul_(cap)
-    return logits.div_(temperature)  # [C, V]
+    return logits if temperature == 1 else logits.div_(temperature)  # [r, c]
 
 
 def cot_mask(tokenizer, tokens, mask, close: str = "</reasoning>"):

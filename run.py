@@ -30,7 +30,7 @@ from data import (
     save_principles,
     split_questions,
 )
-from policy import LOGITS_PER_CHUNK, ROWS_PER_FORWARD, forward_bytes
+from policy import ROWS_PER_FORWARD, block_side, forward_bytes
 from preferences import Pairs, encode_pairs, with_reference
 
 
@@ -181,7 +181,7 @@ def estimate_memory(model, tokenizer, data: Data, config) -> dict[str, float]:
         pairs = min(config.num_pairs, max(1, config.micro_batch // 2))
         passes.append((2 * pairs, data.pairs.tokens.shape[-1], pairs, max(map(len, data.pairs.prompts))))
     at_once = min(config.micro_batch, ROWS_PER_FORWARD) if config.gradient_checkpointing else math.inf
-    weights = sum(p.nbytes for p in model.parameters())
+    weights, side = sum(p.nbytes for p in model.parameters()), block_side(model.device)
     return {
         "weights": weights,
         "bfloat16 copies": weights / 2 if config.bf16 and not config.lora_rank else 0,
@@ -190,8 +190,8 @@ def estimate_memory(model, tokenizer, data: Data, config) -> dict[str, float]:
         "activations": per_token * max(min(at_once, rows) * length + prompts * prompt
                                        for rows, length, prompts, prompt in passes),
         "hidden states": max(3 * 4 * rows * length * width for rows, length, _, _ in passes),
-        "logits": 4 * 4 * max(min(rows * length * vocabulary, LOGITS_PER_CHUNK) for rows, length, _, _ in passes) +
-        (0 if config.lora_rank else 4 * vocabulary * width),  # and a chunk's gradient of the head's weights
+        "logits": 3 * 4 * min(side, vocabulary) * min(side, max(rows * length for rows, length, _, _ in passes)) +
+        (0 if config.lora_rank else 4 * vocabulary * width),  # and the head's gradient before it is added to the others
         "cache": cache,
     }
 
