@@ -30,9 +30,11 @@ Our choices:
   times fewer iterations at eps = 0.01 mean(C); eps-scaling saved little on top. The self problems take the
   symmetric step f <- (f + T f) / 2, with T the iteration above.
 - Distances and gradients are matrix products of centred points: about 4 of [n, m, d] for S with its gradient in x.
-  All is float32 on the CPU, with autocast off, or float64 if x or y is so. Elsewhere all is float64: TF32 and
-  autocast leave it alone, so no global flag needs saving. (On a CPU with AMX or the like,
-  `torch.set_float32_matmul_precision("medium")` lowers float32 there: pass float64.)
+  P is never formed: with row = a exp(u - u0) and column = b exp(v - v0) it is row K column.
+- All is float32 on the CPU, with autocast off; float64 if x or y is so, or where eps > mean(C) (P is nearly a b^T,
+  and what matters is the rest). Elsewhere all is float64: TF32 and autocast leave it alone, so no global flag
+  needs saving. (On a CPU with AMX or the like, `torch.set_float32_matmul_precision("medium")` lowers float32 there:
+  pass float64.)
 
 Limits. float32 resolves P to about 1e-7 max(C) / eps, so the default tol of 1e-4 can be out of reach below
 eps = 0.003 mean(C): use float64 there. Iterations grow as eps falls: a few at eps = mean(C), tens at 0.1, a
@@ -71,12 +73,9 @@ def relative_eps(x, y, eps_rel, a=None, b=None):
     x [..., n, d], y [..., m, d]; the mean weighs C by a b^T (uniform by default). A mean below 1e-16 (all
     points identical) is replaced by 1e-16: any eps gives 0 there. Raises as entropic_ot. Source: our choice.
     """
-    x, y, a, b = (t.detach().double() for t in _check_clouds(x, y, a, b)[:4])
-    b = b / b.sum(-1, keepdim=True)  # [..., m] again: float32 weights sum to 1 only within 1e-7
-    centre = (b[..., None] * y).sum(-2, keepdim=True)  # [..., 1, d] about it, C's cross term averages to 0
-    mean_x = (a * (x - centre).square().sum(-1)).sum(-1)  # [...]
-    mean_y = (b * (y - centre).square().sum(-1)).sum(-1)  # [...]
-    return eps_rel * (mean_x + mean_y).clamp(min=1e-16)  # [...]
+    x, y, a, b = (t.detach() for t in _check_clouds(x, y, a, b)[:4])
+    unit = torch.full((1, 1), 0.5 ** 0.5, dtype=torch.float64, device=x.device)  # that of eps = 1
+    return eps_rel * _mean(_cloud(x, a, unit), _cloud(y, b, unit)).clamp(min=1e-16)  # [...]
 
 
 def sinkhorn_potentials(cost, eps, a=None, b=None, *, max_iter=1000, tol=1e-4):
@@ -96,7 +95,7 @@ def sinkhorn_potentials(cost, eps, a=None, b=None, *, max_iter=1000, tol=1e-4):
     wide = _working_dtype(cost)
     p, q, e = a.detach().to(wide), b.detach().to(wide), eps.to(wide)[..., None]  # [..., n], [..., m], [..., 1]
     with torch.autocast("cpu", enabled=False):
-        u, v, info = _iterate(cost.to(wide) / -e[..., None], p, q, max_iter, tol)  # [..., n], [..., m]
+        u, v, _, info = _iterate(cost.to(wide) / -e[..., None], p, q, max_iter, tol)  # [..., n], [..., m]
     _warn_unless_converged(info, eps, tol)
     return (e * u).to(cost.dtype), (e * v).to(cost.dtype), info  # [..., n], [..., m]
 
@@ -126,7 +125,7 @@ def entropic_ot(x, y, eps, a=None, b=None, *, max_iter=1000, tol=1e-4):
     clouds, bad shapes, weights or eps, and on points that are not finite or whose C / eps overflows.
     """
     x, y, a, b, eps = _check_clouds(x, y, a, b, eps)
-    value, info = _solve(x, y, eps, a, b, max_iter, tol)  # [...]
+    value, info = _differentiable(x, y, eps, a, b, max_iter, tol, [(0, 1, 1.0)])  # [...]
     _warn_unless_converged(info, eps, tol)
     return value, info
 
@@ -138,19 +137,89 @@ def sinkhorn_divergence(x, y, eps, a=None, b=None, *, max_iter=1000, tol=1e-4):
     gives the squared Wasserstein-2 distance, eps -> inf ||mean x - mean y||^2. Source: Feydy et al. 2019.
     """
     x, y, a, b, eps = _check_clouds(x, y, a, b, eps)
-    cross, info_xy = _solve(x, y, eps, a, b, max_iter, tol)  # [...]
-    self_x, info_xx = _solve(x, x, eps, a, a, max_iter, tol, symmetric=True)  # [...]
-    self_y, info_yy = _solve(y, y, eps, b, b, max_iter, tol, symmetric=True)  # [...]
-    iterations, errors, converged = zip(info_xy, info_xx, info_yy)
-    info = SinkhornInfo(max(iterations), torch.stack(errors).amax(0), all(converged))
+    problems = [(0, 1, 1.0), (0, 0, -0.5), (1, 1, -0.5)]
+    value, info = _differentiable(x, y, eps, a, b, max_iter, tol, problems)  # [...]
     _warn_unless_converged(info, eps, tol)
-    return cross - (self_x + self_y) / 2, info  # [...]
+    return value, info
+
+
+class _Cloud(NamedTuple):
+    """A cloud about its centre in units of sqrt(eps / 2): with those, C / eps = |x|^2 / 2 + |y|^2 / 2 - x y^T."""
+
+    points: torch.Tensor  # [..., n, d]
+    half: torch.Tensor  # [..., n] |points|^2 / 2
+    centre: torch.Tensor  # [..., 1, d]
+    weights: torch.Tensor  # [..., n] of sum 1
+
+
+def _cloud(x, weights, unit):
+    x, weights = x.to(unit.dtype), weights.to(unit.dtype)  # [..., n, d], [..., n]
+    weights = weights / weights.sum(-1, keepdim=True)  # [..., n] again: in float32 their sum is 1 only within 1e-7
+    centre = _product(weights, x)[..., None, :]  # [..., 1, d]
+    points = (x - centre).div_(unit)  # [..., n, d]
+    return _Cloud(points, torch.linalg.vector_norm(points, dim=-1).square() / 2, centre / unit, weights)
+
+
+def _mean(x, y):
+    """The mean of C / eps, [...]."""
+    apart = (x.centre - y.centre).square().sum((-2, -1)) / 2  # [...]
+    return (x.weights * x.half).sum(-1) + (y.weights * y.half).sum(-1) + apart  # [...]
+
+
+def _differentiable(x, y, eps, a, b, max_iter, tol, problems):
+    """The sum of factor OT_eps(cloud i, cloud j) over problems (i, j, factor), 0 for x and 1 for y, and the worst info.
+
+    Arguments checked and of one dtype.
+    """
+    needed = [x.requires_grad, y.requires_grad]
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for wide in (_working_dtype(x), torch.float64):
+            e = eps.to(wide)  # [...]
+            unit = (e / 2).sqrt()[..., None, None]  # [..., 1, 1]
+            clouds = _cloud(x, a, unit), _cloud(y, b, unit)
+            # Where eps > C, P is nearly a b^T, and float32 would drown the rest.
+            if all((_mean(clouds[i], clouds[j]) >= 1).all() for i, j, _ in problems):
+                break
+        potentials = [torch.zeros_like(cloud.weights) for cloud in clouds]  # [..., n], [..., m]
+        gradients, constant, infos = [None, None], 0, []
+        for i, j, factor in problems:
+            u, v, excess, sides, info = _solve(clouds[i], clouds[j], needed[i], needed[j], max_iter, tol)
+            constant = constant - factor * e * excess  # [...]
+            infos.append(info)
+            for side, potential, gradient in ((i, u, sides[0]), (j, v, sides[1])):
+                potentials[side].add_(factor * e[..., None] * potential)
+                if gradient is not None and gradients[side] is None:
+                    gradients[side] = gradient.mul_(2 * factor * unit)  # like the points
+                elif gradient is not None:
+                    gradients[side].addcmul_(gradient, 2 * factor * unit)
+    f, g = (potential.to(x.dtype) for potential in potentials)  # [..., n], [..., m]
+    value = (a * f).sum(-1) + (b * g).sum(-1) + constant.to(x.dtype)  # [...]
+    _require(value.isfinite().all(), f"OT must be finite in {x.dtype}: the points are too far apart")
+    for points, gradient in zip((x, y), gradients):
+        if gradient is not None:
+            value = _WithGradient.apply(value, points, gradient.to(x.dtype))  # [...]
+    iterations, errors, converged = zip(*infos)
+    return value, SinkhornInfo(max(iterations), torch.stack(errors).amax(0), all(converged))
+
+
+class _WithGradient(torch.autograd.Function):
+    """value [...], with `gradient` [..., n, d] in points: backward has no matrix product left."""
+
+    @staticmethod
+    def forward(ctx, value, points, gradient):
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, outer):
+        return outer, outer[..., None, None] * ctx.saved_tensors[0], None
 
 
 def _iterate(logits, a, b, max_iter, tol, symmetric=False):
-    """u = f / eps and v = g / eps for logits = -C / eps, v the exact half-step from u, and their info.
+    """u = f / eps and v = g / eps for logits = -C / eps, P by its factors (row, K, column), and the info.
 
-    symmetric: C is symmetric with b = a, and v = u.
+    v is the exact half-step from u; symmetric: C is symmetric with b = a, and v = u.
     """
     size = max(abs(bound.item()) for bound in logits.aminmax())  # a NaN passes through
     _require(size < torch.finfo(logits.dtype).max / 16,
@@ -188,9 +257,8 @@ def _iterate(logits, a, b, max_iter, tol, symmetric=False):
             u, old = torch.where(done, u, ahead), new  # [..., n], [..., n]
     if symmetric:
         u = v = (u + new) / 2  # [..., n] the error is that of u before, which this improves on
-    else:
-        v = -(logits + u[..., :, None]).add_(log_a[..., :, None]).logsumexp(-2)  # [..., m] at removed points too
-    return u, v, SinkhornInfo(iteration, error, worst <= tol)  # [..., n], [..., m]
+    row, column = (log_a + u - u0).exp(), (log_b + v - v0).exp()  # [..., n], [..., m]
+    return u, v, (row, kernel, column), SinkhornInfo(iteration, error, worst <= tol)  # [..., n], [..., m]
 
 
 def _absorb(logits, u, a, b):
@@ -199,46 +267,46 @@ def _absorb(logits, u, a, b):
     Two Sinkhorn half-steps in the limit eps -> 0: v0[j] = min_i (C[i, j] / eps - u[i]) over a[i] > 0, then u0 alike.
     So the largest entry of each row and column of K is exactly 1, whatever u, eps and the weights are.
     """
-    v0 = -(logits + u.masked_fill(a == 0, -math.inf)[..., :, None]).amax(-2)  # [..., m]
-    u0 = -(logits + v0.masked_fill(b == 0, -math.inf)[..., None, :]).amax(-1)  # [..., n]
-    kernel = (logits + v0[..., None, :]).add_(u0[..., :, None])  # [..., n, m]
-    return u0, v0, kernel.clamp_(max=0).exp_()  # [..., n, m] above 0 only between removed points and others
+    def highest(kernel, weights, dim):  # over the points that are not removed
+        if (weights == 0).any():
+            kernel = kernel.masked_fill((weights == 0).unsqueeze(-3 - dim), -math.inf)  # [..., n, m]
+        return kernel.amax(dim)
+
+    v0 = -highest(logits + u[..., :, None], a, -2)  # [..., m]
+    kernel = logits + v0[..., None, :]  # [..., n, m]
+    u0 = -highest(kernel, b, -1)  # [..., n]
+    kernel.add_(u0[..., :, None])  # [..., n, m]
+    if (b == 0).any():  # a removed column took no part in u0: its own largest entry is not at 1 yet
+        more = -highest(kernel, a, -2).masked_fill(b > 0, 0)  # [..., m]
+        v0.add_(more)
+        kernel.add_(more[..., None, :])  # [..., n, m]
+    return u0, v0, kernel.clamp_(max=0).exp_()  # [..., n, m] above 0 only between removed points
 
 
-def _solve(x, y, eps, a, b, max_iter, tol, symmetric=False):
-    """OT_eps [...] with its gradient, and the info; arguments checked and of one dtype; symmetric: y is x."""
-    wide = _working_dtype(x)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        p, q, e = a.to(wide), b.to(wide), eps.to(wide)[..., None]  # [..., n], [..., m], [..., 1]
-        unit = (e / 2).sqrt()[..., None]  # [..., 1, 1] of length: C / eps = |here|^2 / 2 + |there|^2 / 2 - here there^T
-        centre = _product(q, y.to(wide))[..., None, :]  # [..., 1, d]
-        here = (x.to(wide) - centre).div_(unit)  # [..., n, d]
-        there = here if symmetric else (y.to(wide) - centre).div_(unit)  # [..., m, d]
-        logits = _gram(here) if symmetric else here @ there.mT  # [..., n, m]
-        logits.sub_(here.square().sum(-1)[..., :, None] / 2).sub_(there.square().sum(-1)[..., None, :] / 2)
-        u, v, info = _iterate(logits, p, q, max_iter, tol, symmetric)  # [..., n], [..., m]
+def _solve(x, y, needs_x, needs_y, max_iter, tol):
+    """u, v, sum P - 1, the gradients in x and y (times eps / unit; None if not needed) and the info of one problem.
 
-        # <a, f> + <b, g> - eps (sum P - 1) = <a, phi> + <b, g>, phi = f - eps sum_j b[j] expm1((f + g - C) / eps)
-        # With expm1, eps >> C is exact too: sum P - 1 would round to 1e-7 eps, and f is known no better.
-        # density is P / a b^T - 1 at first. u is added first, as it was for v: what is rounded cancels in P's columns.
-        # The clamp matters only between removed points: no 0 * inf below.
-        density = logits.add_(u[..., :, None]).add_(v[..., None, :]).clamp_(max=80).expm1_()  # [..., n, m]
-        phi, g = e * (u - _product(q, density.mT)), e * v  # [..., n], [..., m]
-        density.add_(1)  # [..., n, m]
+    If y is x, the gradient in x is that of both its arguments.
+    """
+    symmetric, shift = x is y, x.centre - y.centre  # [..., 1, d]
+    logits = _gram(x.points) if symmetric else x.points @ y.points.mT  # [..., n, m]
+    left, right = x.half, y.half  # [..., n], [..., m]
+    if not symmetric:  # |x + shift - y|^2 / 2
+        left = left + _product(shift[..., 0, :], x.points.mT) + shift.square().sum(-1) / 2  # [..., n]
+        right = right - _product(shift[..., 0, :], y.points.mT)  # [..., m]
+    logits.sub_(left[..., :, None]).sub_(right[..., None, :])
+    u, v, (row, kernel, column), info = _iterate(logits, x.weights, y.weights, max_iter, tol, symmetric)
+    sums = row * _product(column, kernel.mT), column * _product(row, kernel)  # [..., n], [..., m] of P
 
-        # Envelope gradient, 2 (sum_j P[i, j] x[i] - sum_j P[i, j] y[j]). If y is x, twice that.
-        sides = ((x, p, here, q, there, density), (y, q, there, p, here, density.mT))
-        terms = []
-        for points, w, near, r, far, flow in sides[:1] if symmetric else sides:
-            if points.requires_grad:
-                grad = _product(r, flow.mT)[..., None] * near - flow @ (r[..., None] * far)  # like points
-                grad.mul_((4 if symmetric else 2) * unit * w[..., None])
-                terms.append((points, grad.to(x.dtype)))
-    value = (a * phi.to(x.dtype)).sum(-1) + (b * g.to(x.dtype)).sum(-1)  # [...]
-    _require(value.isfinite().all(), f"OT must be finite in {x.dtype}: the points are too far apart")
-    for points, grad in terms:  # of value 0, linear in the points: backward has no matrix product left
-        value = value + ((points - points.detach()) * grad).sum((-2, -1))  # [...]
-    return value, info
+    # Envelope gradient, sum_j P[i, j] x[i] - sum_j P[i, j] y[j].
+    def gradient(near, shift, total, outer, inner, other, far):
+        moved = inner @ (other[..., None] * far.points)  # like near.points
+        moved.mul_(-outer[..., None]).addcmul_(total[..., None], near.points)
+        return moved.mul_(2) if symmetric else moved.addcmul_(total[..., None], shift)
+
+    sides = (gradient(x, shift, sums[0], row, kernel, column, y) if needs_x else None,
+             gradient(y, -shift, sums[1], column, kernel.mT, row, x) if needs_y and not symmetric else None)
+    return u, v, sums[0].sum(-1) - 1, sides, info
 
 
 def _product(vector, matrix):
@@ -246,7 +314,7 @@ def _product(vector, matrix):
     return (vector[..., None, :] @ matrix)[..., 0, :]
 
 
-def _gram(x, block=128):
+def _gram(x, block=256):
     """x x^T [..., n, n] for x [..., n, d], from the blocks on and above its diagonal: nearly half of the work."""
     gram = x.new_empty(*x.shape[:-1], x.shape[-2])  # [..., n, n]
     for i in range(0, x.shape[-2], block):
@@ -295,7 +363,8 @@ def _check_eps(eps, like):
     _require(eps.ndim <= like.ndim and all(e in (1, s) for e, s in zip(eps.shape[::-1], like.shape[::-1])),
              f"eps must be a number or broadcast to the batch shape {list(like.shape)}", eps)
     eps = eps.to(like).expand(like.shape)  # [...]
-    _require((eps > 0).all() and eps.isfinite().all(), f"eps must be finite and > 0 in {like.dtype}")
+    least = torch.finfo(like.dtype).tiny  # below, eps itself is rounded
+    _require((eps >= least).all() and eps.isfinite().all(), f"eps must be finite and > 0 in {like.dtype}")
     return eps
 
 

@@ -166,7 +166,7 @@ def our_potentials(x, y, eps):
         sinkhorn.sinkhorn_divergence(x, y, eps)
     finally:
         sinkhorn._iterate = solver
-    return [(p, q, u, v) for (p, q), (u, v, _) in zip(((x, y), (x, x), (y, y)), found)]
+    return [(p, q, u, v) for (p, q), (u, v, *_) in zip(((x, y), (x, x), (y, y)), found)]
 
 
 # ---- accuracy
