@@ -272,7 +272,7 @@ def _absorb(logits, u, a, b):
             kernel = kernel.masked_fill((weights == 0).unsqueeze(-3 - dim), -math.inf)  # [..., n, m]
         return kernel.amax(dim)
 
-    v0 = -highest(logits + u[..., :, None], a, -2)  # [..., m]
+    v0 = -highest(logits + u[..., :, None] if u.any() else logits, a, -2)  # [..., m]
     kernel = logits + v0[..., None, :]  # [..., n, m]
     u0 = -highest(kernel, b, -1)  # [..., n]
     kernel.add_(u0[..., :, None])  # [..., n, m]
