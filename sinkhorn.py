@@ -180,7 +180,7 @@ def _differentiable(x, y, eps, a, b, max_iter, tol, problems):
             # Where eps > C, P is nearly a b^T, and float32 would drown the rest.
             if all((_mean(clouds[i], clouds[j]) >= 1).all() for i, j, _ in problems):
                 break
-        potentials = [torch.zeros_like(cloud.weights) for cloud in clouds]  # [..., n], [..., m]
+        potentials = [torch.zeros_like(cloud.weights, dtype=torch.float64) for cloud in clouds]  # [..., n], [..., m]
         gradients, constant, infos = [None, None], 0, []
         for i, j, factor in problems:
             u, v, excess, sides, info = _solve(clouds[i], clouds[j], needed[i], needed[j], max_iter, tol)
@@ -306,7 +306,7 @@ def _solve(x, y, needs_x, needs_y, max_iter, tol):
 
     sides = (gradient(x, shift, sums[0], row, kernel, column, y) if needs_x else None,
              gradient(y, -shift, sums[1], column, kernel.mT, row, x) if needs_y and not symmetric else None)
-    return u, v, sums[0].sum(-1) - 1, sides, info
+    return u, v, sums[0].double().sum(-1) - 1, sides, info
 
 
 def _product(vector, matrix):
