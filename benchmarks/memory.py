@@ -1,6 +1,6 @@
 """Peak memory: of log-probabilities with gradient, of train.py's estimate, of a step of a 1B model. On the CPU.
 
-    python benchmarks/memory.py                              # all three; 20 GB of memory, half an hour on two cores
+    python benchmarks/memory.py                              # all three; 16 GB of memory, 18 minutes on two cores
     python benchmarks/memory.py --parts logits estimate      # without the 1B models
 
 logits     policy.log_probs with gradient against the full logits: 8 x 512 tokens, V = 262144, d = 1152
@@ -8,7 +8,8 @@ estimate   the line that train.py prints before training against what the proces
 billion    one LoRA step through train.py of random models in the shapes of Gemma-3-1B and Llama-3.2-1B
 
 Everything runs in a process of its own, whose peak is the operating system's (ru_maxrss); of it is taken what the same
-process takes before the part that is measured. Seconds are of CPU, which other load disturbs least. Prints tables and
+process takes before the part that is measured. `estimate` runs with MALLOC_MMAP_THRESHOLD_ set, so that freed memory
+goes back at once: without it, the C library keeps up to twice what torch has asked for. Linux only. Prints tables and
 writes memory.json into --output-dir.
 """
 
@@ -52,7 +53,7 @@ VARIANTS = {
 
 
 def measure_logits(variant: str, rows: int, tokens: int, vocabulary: int, width: int) -> None:
-    """Prints the peak above what the head and the hidden states take, and the seconds, of one forward and backward."""
+    """Prints what one forward and backward takes at most, beside the head and the hidden states, and the seconds."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,7 +64,7 @@ def measure_logits(variant: str, rows: int, tokens: int, vocabulary: int, width:
                                          num_hidden_layers=1, num_attention_heads=8, tie_word_embeddings=True))
     hidden = torch.randn(rows, tokens, width, requires_grad=True)  # [N, T, d]
     targets = torch.randint(vocabulary, (rows, tokens))  # [N, T]
-    before, start = peak(), (time.process_time(), time.perf_counter())
+    before, start = now(), (time.process_time(), time.perf_counter())
     if variant == "full logits":
         logp = model.lm_head(hidden).log_softmax(-1).gather(-1, targets[..., None])[..., 0]  # [N, T]
     else:
@@ -91,6 +92,11 @@ def write_model(folder: str, kind: str, config: str, settings: str) -> None:
     print(json.dumps({"parameters": sum(p.numel() for p in model.parameters())}))
 
 
+def now() -> int:
+    """Bytes that this process has in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def peak() -> int:
     """Bytes: the most that this process has had in memory."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -100,11 +106,11 @@ def peak() -> int:
 # Around it
 
 
-def run(*arguments) -> tuple[str, dict]:
+def run(*arguments, **environment) -> tuple[str, dict]:
     """(stdout, peak and seconds) of `python ARGUMENTS` in the repository."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.DEVNULL)
+                               stderr=subprocess.DEVNULL, env={**os.environ, **environment})
     out = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -141,7 +147,7 @@ def estimate(args) -> dict:
         print(f"\ntrain.py's estimate, {MIDDLE}\n\n| | estimated, GB | measured, GB | ratio |\n|---|---|---|---|")
         for name, flags in VARIANTS.items():
             out, used = run("train.py", *STEP, "--model", f"{folder}/model", "--output-dir", f"{folder}/{name}",
-                            *flags.split())
+                            *flags.split(), MALLOC_MMAP_THRESHOLD_="262144")
             said, took = told(out), used["gb"] - libraries["gb"]
             rows[name] = {"estimated": said, "measured": took, "ratio": said / took}
             print(f"| {name} | {said:.2f} | {took:.2f} | {said / took:.2f} |", flush=True)
