@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 
+import commands
+import geometry
 import metrics
 import policy
 import tiny
@@ -143,7 +145,7 @@ def test_states_of_every_layer_are_those_of_the_plain_forward_and_of_training():
     model, _ = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
     prompts, completions = [[1, 20, 21, 22], [1, 30, 31]], [[40, 41, 42], [50, 51, 52, 53, 2]]
     picked = [(0, 0), (0, 2), (1, 1), (1, 4)]
-    states = metrics.layer_states(model, prompts, completions, picked)  # [L + 1, 4, d]
+    states = geometry.layer_states(model, prompts, completions, picked)  # [L + 1, 4, d]
     with torch.no_grad():
         for n, (row, t) in enumerate(picked):
             seen = torch.tensor([prompts[row] + completions[row][:t]])  # what predicts token t has read so much
@@ -159,7 +161,7 @@ def test_the_command_on_a_moved_model(tmp_path, capsys):
     moved_model(tmp_path / "moved")
     out = tmp_path / "g.json"
     flags = ["--num-questions", "3", "--num-tokens", "200", "--max-completion-length", "24", "--json", str(out)]
-    assert metrics.main(["geometry", "--base", "tiny", "--trained", str(tmp_path / "moved"), "--principles", PRINCIPLES,
+    assert commands.main(["geometry", "--base", "tiny", "--trained", str(tmp_path / "moved"), "--principles", PRINCIPLES,
                          *flags]) == 0
     told = capsys.readouterr().out
     result = json.loads(out.read_text())
@@ -177,7 +179,7 @@ def test_the_command_on_a_moved_model(tmp_path, capsys):
 def test_a_model_compared_with_itself_has_not_moved(tmp_path):
     out = tmp_path / "g.json"
     flags = ["--num-questions", "2", "--num-tokens", "100", "--max-completion-length", "16", "--json", str(out)]
-    assert metrics.main(["geometry", "--base", "tiny", "--trained", "tiny", "--principles", PRINCIPLES, *flags]) == 0
+    assert commands.main(["geometry", "--base", "tiny", "--trained", "tiny", "--principles", PRINCIPLES, *flags]) == 0
     result = json.loads(out.read_text())
     for row in result["layers"]:
         assert abs(row["sinkhorn"]) < 1e-4 * row["scale"] ** 2 and row["mean_shift"] == 0
@@ -205,7 +207,7 @@ def test_bad_input_is_one_line_and_status_2(flags, told, tmp_path, capsys):
     defaults = {"--base": "tiny", "--trained": "tiny", "--principles": PRINCIPLES}
     flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     flags = flags + [part for pair in defaults.items() if pair[0] not in flags for part in pair]
-    assert metrics.main(["geometry", *flags]) == 2
+    assert commands.main(["geometry", *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, f"more than one line: {error}"
     assert all(part in error for part in told), error
@@ -218,5 +220,5 @@ def test_a_model_of_another_shape_is_refused(tmp_path, capsys):
     type(model)(model.config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     command = ["geometry", "--base", "tiny", "--trained", str(tmp_path), "--principles", PRINCIPLES]
-    assert metrics.main(command) == 2
+    assert commands.main(command) == 2
     assert "another shape" in capsys.readouterr().err

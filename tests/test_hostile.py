@@ -20,8 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import metrics
+import commands
+import geometry
 import policy
+import si
 import tiny
 import train
 from preferences import encode_pairs, with_reference
@@ -355,9 +357,10 @@ def stops(monkeypatch, tiny_model):
         return tiny_model if name == str(tiny.MODEL_DIR) else load_model(name, *args)
 
     monkeypatch.setattr(train, "load_data", read)
-    monkeypatch.setattr(metrics, "sample_chains", accept)
+    for module in (si, geometry):
+        monkeypatch.setattr(module, "sample_chains", accept)
     monkeypatch.setattr(train, "load_model", load)
-    monkeypatch.setattr(metrics, "load_model", load)
+    monkeypatch.setattr(commands, "load_model", load)
 
     def hangs(*args):
         raise AssertionError(f"a hang: nothing within {SECONDS} s")
@@ -390,7 +393,7 @@ def test_hostile_input(build, expected, stops, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = complete(build(tmp_path), tmp_path)
     before = tree(tmp_path)
-    main = metrics.main if argv[0] in ("si", "geometry", "sigh") else train.main
+    main = commands.main if argv[0] in ("si", "geometry", "sigh") else train.main
     try:
         status, found = main(argv), None
     except Accepted as accepted:

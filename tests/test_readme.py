@@ -5,7 +5,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-import metrics
+import geometry
+import si
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +31,7 @@ def test_every_file_it_names_exists():
 
 
 def test_every_flag_it_names_is_a_flag():
-    configs = (train.Config, metrics.SiConfig, metrics.GeometryConfig)
+    configs = (train.Config, si.SiConfig, geometry.GeometryConfig)
     flags = {"--" + f.name.replace("_", "-") for config in configs for f in fields(config)} | {"--help"}
     for command in re.findall(r"(?:python benchmarks/|lm_eval |torchrun ).*", README):
         flags |= set(re.findall(r"--[\w-]+", command))  # those have parsers of their own

@@ -12,9 +12,12 @@ import pytest
 import torch
 from test_metrics import channel, draw_scores
 
+import commands
 import data
+import infonce
 import metrics
 import policy
+import si
 import tiny
 
 PRINCIPLES = str(tiny.MODEL_DIR.parent / "principles" / "reasoning.txt")
@@ -27,7 +30,7 @@ def tiny_model():
 
 
 def config(*flags):
-    return metrics.parse(["si", "--principles", PRINCIPLES, *flags])[1]
+    return commands.parse(["si", "--principles", PRINCIPLES, *flags])[1]
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def run(tmp_path):
 
     def start(*flags):
         path = tmp_path / "si.json"
-        assert metrics.main(["si", "--principles", str(pool), "--json", str(path), *flags]) == 0
+        assert commands.main(["si", "--principles", str(pool), "--json", str(path), *flags]) == 0
         return json.loads(path.read_text())
 
     start.pool = pool
@@ -96,14 +99,14 @@ def test_sampled_negatives_estimate_the_information_within_a_random_subset():
     part = log_p[members]  # [20, 3, Y]
     exact = (part.exp() * (part - part.logsumexp(1, keepdim=True) + math.log(3))).sum((1, 2)).mean() / 3
     scores = draw_scores(log_p, 20_000)  # [N, 6, 6]
-    written_by = metrics.draw_candidates(6, len(scores), 2, seed=0)  # [N, 6, 3]
+    written_by = si.draw_candidates(6, len(scores), 2, seed=0)  # [N, 6, 3]
     scored = torch.zeros(scores.shape, dtype=torch.bool).scatter_(2, written_by, True).mT  # [N, i, j]
     assert (scored.sum(1) == 3).all() and (scored.sum(2) == 3).all() and scored.diagonal(dim1=1, dim2=2).all()
     shares = scored.double().mean(0)  # every other principle is a candidate equally often
     assert (shares + 0.6 * torch.eye(6) - torch.full((6, 6), 0.4) - 1.2 * torch.eye(6)).abs().max() < 0.02
     for estimate in (
         metrics.posterior_information(scores.masked_fill(~scored, -math.inf)),
-        math.log(3) - metrics.row_info_nce(scores.masked_fill(~scored, -math.inf)),
+        math.log(3) - infonce.row_info_nce(scores.masked_fill(~scored, -math.inf)),
     ):
         info = estimate.mean(1)  # [N]
         assert abs(info.mean() - exact) < 4 * info.std() / len(info) ** 0.5
@@ -155,9 +158,9 @@ def test_scores_and_answers_equal_the_plain_forward(tiny_model):
         data.encode_prompts(tokenizer, [data.build_messages(q.text, text) for text in texts]) for q in questions
     ]
     answers = [q.answer for q in questions[:5]] + [None]
-    chains = metrics.sample_chains(model, tokenizer, prompts, 40, 0.8, seed=1)
-    written_by = metrics.draw_candidates(3, 6, 2, seed=0)
-    scores, answer_logp = metrics.score_chains(model, tokenizer, prompts, chains, answers, written_by, 0.8)
+    chains = si.sample_chains(model, tokenizer, prompts, 40, 0.8, seed=1)
+    written_by = si.draw_candidates(3, 6, 2, seed=0)
+    scores, answer_logp = si.score_chains(model, tokenizer, prompts, chains, answers, written_by, 0.8)
     kinds, table = set(), torch.zeros(6, 3, 3)
 
     def plain(prefix, ids):
@@ -185,7 +188,7 @@ def test_scores_and_answers_equal_the_plain_forward(tiny_model):
 
 def test_answer_gain_by_hand():
     logp = torch.tensor([[[-1.0, -3.0, -5.0], [-2.0, -2.0, math.nan], [0.0, 0.0, -9.0]]])  # prompt, CoT
-    torch.testing.assert_close(metrics.answer_gain(logp), torch.tensor([[3.0, 0.0, -9.0]]))
+    torch.testing.assert_close(si.answer_gain(logp), torch.tensor([[3.0, 0.0, -9.0]]))
 
 
 def test_ranking_agrees_with_the_rates_of_the_task_and_negatives_are_apart(run, tmp_path, capsys):
@@ -238,7 +241,7 @@ def test_out_without_select_holds_all_best_first_and_a_seed_repeats(run, tmp_pat
 
 
 def test_a_pool_is_scored_against_sampled_negatives_and_selected_on_all_pairs(run, monkeypatch, capsys):
-    monkeypatch.setattr(metrics, "MAX_SCORED_ALL", 3)
+    monkeypatch.setattr(si, "MAX_SCORED_ALL", 3)
     result = run(*FEW, "--select", "2")
     assert result["candidates"] == 3 and math.isclose(result["ceiling"], math.log(3)) and result["chance"] == 1 / 3
     assert len(result["pool"]) == 4 and set(result["selection"]["indices"]) <= set(result["pool"])
@@ -255,16 +258,16 @@ def test_an_interrupted_run_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
     monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        metrics._write_json(path, {"a": 1})
+        commands.write_numbers(path, {"a": 1})
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     monkeypatch.undo()
-    metrics._write_json(path, {"a": math.nan, "b": [math.inf, 1.5]})
+    commands.write_numbers(path, {"a": math.nan, "b": [math.inf, 1.5]})
     assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.5]}
 
 
 def test_a_missing_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    metrics._plot(tmp_path / "x.json", None)
+    commands.write_plot(tmp_path / "x.json", None)
     assert capsys.readouterr().err == "no plot: pip install matplotlib\n" and not list(tmp_path.iterdir())
 
 
@@ -297,8 +300,8 @@ def test_a_model_that_writes_proposes_and_what_is_unusable_is_left_out(tiny_mode
             return [p.text.upper() for p in principles]
         return [rng.choice(replies) for _ in requests]
 
-    monkeypatch.setattr(metrics, "_ask", ask)
-    found = metrics.propose(model, tokenizer, principles, 3, config())
+    monkeypatch.setattr(si, "_ask", ask)
+    found = si.propose(model, tokenizer, principles, 3, config())
     assert len(found) == 3 and [p.text for p, _ in found].count("Count every step aloud.") == 1
     written = {p.text for p, source in found if "by tiny" in source}
     assert written == {"Count every step aloud."}, "taken: a copy, a fragment, a tag or a control token"
@@ -312,8 +315,8 @@ def test_asking_reads_the_first_line_without_bullets_and_quotes(tiny_model, monk
         ids = torch.tensor(tiny.encode(tokenizer, '\n- "Name the unit."\nAnd more'))[None, None]
         return policy.Completions(ids, ids >= 0, ids[..., 0] < 0, ids[..., 0] * 0.0)
 
-    monkeypatch.setattr(metrics, "sample", sample)
-    assert metrics._ask(model, tokenizer, ["?"], 1.0, "name") == ["Name the unit."]
+    monkeypatch.setattr(si, "sample", sample)
+    assert si._ask(model, tokenizer, ["?"], 1.0, "name") == ["Name the unit."]
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -350,7 +353,7 @@ def test_bad_input_is_one_line_and_status_2(content, flags, told, tmp_path, caps
         if content is not None:
             path.write_bytes(content)
         flags = ["--principles", str(path), *flags]
-    assert metrics.main(["si", *flags]) == 2
+    assert commands.main(["si", *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, f"more than one line: {error}"
     assert all(part.replace("{tmp}", str(tmp_path)) in error for part in told), error
@@ -358,6 +361,6 @@ def test_bad_input_is_one_line_and_status_2(content, flags, told, tmp_path, caps
 
 @pytest.mark.parametrize("argv", [[], ["sigh"], ["--principles", "x"]])
 def test_a_command_that_is_none_is_refused(argv, capsys):
-    assert metrics.main(argv) == 2
+    assert commands.main(argv) == 2
     assert "si and geometry are accepted" in capsys.readouterr().err
-    assert metrics.main(["--help"]) == 0 and "metrics.py si" in capsys.readouterr().out
+    assert commands.main(["--help"]) == 0 and "metrics.py si" in capsys.readouterr().out
