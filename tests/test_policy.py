@@ -108,6 +108,14 @@ def test_chunked_log_probs_equal_unchunked_in_value_and_gradient():
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_a_head_that_is_more_than_a_matrix_is_refused():
+    model, (tokens, mask) = make_model("llama"), make_completions()
+    hidden = policy.hidden_states(model, PROMPTS, tokens, mask)
+    model.lm_head = torch.nn.Sequential(model.lm_head)  # as an adapter around the head would be: its weight is not all
+    with pytest.raises(ValueError, match="head is torch.nn.Linear, got Sequential"):
+        policy.log_probs(model, hidden, tokens, mask, TEMPERATURE)
+
+
 def test_masked_tokens_change_nothing():
     model, (tokens, mask) = make_model("llama"), make_completions()
     other = torch.where(mask, tokens, (tokens + 1) % 96)
