@@ -36,7 +36,7 @@ from metrics import (
     principle_means,
     share_in_span,
 )
-from policy import LOGITS_PER_CHUNK, head
+from policy import block_side, head
 from si import sample_chains
 from sinkhorn import relative_eps, sinkhorn_divergence
 
@@ -119,7 +119,7 @@ def compare_outputs(models, hidden, hidden_elsewhere) -> dict:
 
     `hidden_elsewhere` are those of the same tokens after the prompt of another principle.
     """
-    size = max(1, LOGITS_PER_CHUNK // models[0].get_output_embeddings().weight.shape[0])
+    size = max(1, block_side(models[0].device) ** 2 // len(models[0].get_output_embeddings().weight))
     values = {"fisher_rao": [], "kl": [], "principle_before": [], "principle_after": []}
     for start in range(0, len(hidden[0]), size):
         part = slice(start, start + size)

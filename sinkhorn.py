@@ -173,7 +173,7 @@ def _differentiable(x, y, eps, a, b, max_iter, tol, problems):
     """
     needed = [x.requires_grad, y.requires_grad]
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for wide in (_working_dtype(x), torch.float64):
+        for wide in dict.fromkeys((_working_dtype(x), torch.float64)):  # one or both
             e = eps.to(wide)  # [...]
             unit = (e / 2).sqrt()[..., None, None]  # [..., 1, 1]
             clouds = _cloud(x, a, unit), _cloud(y, b, unit)
@@ -296,17 +296,19 @@ def _solve(x, y, needs_x, needs_y, max_iter, tol):
         right = right - _product(shift[..., 0, :], y.points.mT)  # [..., m]
     logits.sub_(left[..., :, None]).sub_(right[..., None, :])
     u, v, (row, kernel, column), info = _iterate(logits, x.weights, y.weights, max_iter, tol, symmetric)
-    sums = row * _product(column, kernel.mT), column * _product(row, kernel)  # [..., n], [..., m] of P
+    mass = row * _product(column, kernel.mT)  # [..., n] the sums of P's rows
 
     # Envelope gradient, sum_j P[i, j] x[i] - sum_j P[i, j] y[j].
-    def gradient(near, shift, total, outer, inner, other, far):
+    def gradient(near, shift, mass, outer, inner, other, far):
         moved = inner @ (other[..., None] * far.points)  # like near.points
-        moved.mul_(-outer[..., None]).addcmul_(total[..., None], near.points)
-        return moved.mul_(2) if symmetric else moved.addcmul_(total[..., None], shift)
+        moved.mul_(-outer[..., None]).addcmul_(mass[..., None], near.points)
+        return moved.mul_(2) if symmetric else moved.addcmul_(mass[..., None], shift)
 
-    sides = (gradient(x, shift, sums[0], row, kernel, column, y) if needs_x else None,
-             gradient(y, -shift, sums[1], column, kernel.mT, row, x) if needs_y and not symmetric else None)
-    return u, v, sums[0].double().sum(-1) - 1, sides, info
+    of_x = gradient(x, shift, mass, row, kernel, column, y) if needs_x else None  # [..., n, d]
+    of_y = None  # or [..., m, d]
+    if needs_y and not symmetric:
+        of_y = gradient(y, -shift, column * _product(row, kernel), column, kernel.mT, row, x)  # [..., m, d]
+    return u, v, mass.double().sum(-1) - 1, (of_x, of_y), info
 
 
 def _product(vector, matrix):
