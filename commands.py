@@ -13,9 +13,9 @@ import transformers
 
 import metrics
 import tiny
-from data import InputError
+from data import InputError, at_least
 from metrics import bootstrap_interval
-from policy import load_model
+from policy import load_model, prompt_limit
 
 
 def load_named(flag: str, name: str):
@@ -40,8 +40,8 @@ def encoder(tokenizer) -> Callable[[str], list[int]]:
 
 
 def context_limit(model, more_tokens: int) -> int:
-    """The longest prompt that leaves room for `more_tokens` in the model's context."""
-    limit = (getattr(model.config, "max_position_embeddings", None) or 2**20) - more_tokens
+    """policy.prompt_limit; raises InputError where it leaves no room for a prompt."""
+    limit = prompt_limit(model, more_tokens)
     if limit < 2:
         raise InputError(f"--max-completion-length: leaves no room for a prompt in a context of {limit + more_tokens} "
                          "tokens; a lower number is accepted")
@@ -59,11 +59,9 @@ def cell(interval: dict, digits: int = 2) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def at_least(config, **lowest) -> None:
-    for name, low in lowest.items():
-        value = getattr(config, name)
-        if value is not None and value < low:
-            raise InputError(f"--{name.replace('_', '-')}: got {value}; {low} or more is accepted")
+def check_numbers(config, **lowest) -> None:
+    """Raises InputError for a setting below its lowest number here, and for a seed that is too large."""
+    at_least(config, **lowest)
     if config.seed >= 2**32:
         raise InputError(f"--seed: got {config.seed}; 0 to {2**32 - 1} is accepted")
 

@@ -472,6 +472,14 @@ def check_flags(config):
             _text("the command line", {flag: value}, flag)
 
 
+def at_least(config, **lowest):
+    """Raises InputError for the first of these settings that is given and lower than its number here."""
+    for name, low in lowest.items():
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise InputError(f"--{name.replace('_', '-')}: got {value}; {low} or more is accepted")
+
+
 def _check_kind(path):
     """Raises InputError for what could be read without end, or would wait for a writer: a device, a pipe."""
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):

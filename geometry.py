@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from commands import (
-    at_least,
     cell,
+    check_numbers,
     check_written,
     context_limit,
     interval,
@@ -60,7 +60,7 @@ class GeometryConfig(DatasetConfig):
     def check(self) -> None:
         """Raises InputError for the first value that cannot be."""
         check_flags(self)
-        at_least(self, num_questions=1, num_tokens=2, max_completion_length=1, seed=0)
+        check_numbers(self, num_questions=1, num_tokens=2, max_completion_length=1, seed=0)
         check_written(self, json=".json")
 
 

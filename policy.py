@@ -179,6 +179,11 @@ def forward_bytes(model) -> tuple[float, float]:
     return (long - short) / 64, (long_cache - short_cache) / 64
 
 
+def prompt_limit(model, new_tokens: int) -> int:
+    """The most tokens of a prompt that leave room for `new_tokens` in the model's context."""
+    return (getattr(model.config, "max_position_embeddings", None) or 2**20) - new_tokens
+
+
 def eos_ids(model, tokenizer) -> list[int]:
     """Every id that ends a completion: Gemma-3 has <eos> and <end_of_turn>, and lists both in its generation config."""
     ids = model.generation_config.eos_token_id

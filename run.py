@@ -30,7 +30,7 @@ from data import (
     save_principles,
     split_questions,
 )
-from policy import ROWS_PER_FORWARD, block_side, forward_bytes
+from policy import ROWS_PER_FORWARD, block_side, forward_bytes, prompt_limit
 from preferences import Pairs, encode_pairs, with_reference
 
 
@@ -100,22 +100,18 @@ def load_data(model, tokenizer, config) -> Data:
     return data
 
 
-def prompt_limit(model, config) -> int:
-    context = getattr(model.config, "max_position_embeddings", None) or 2**20
-    return context - config.max_completion_length
-
-
 def check_prompts(model, tokenizer, principles, questions, config) -> None:
     """Raises InputError for a question or principle that a step would stumble over hours later."""
-    if prompt_limit(model, config) < 2:
+    limit = prompt_limit(model, config.max_completion_length)
+    if limit < 2:
         raise InputError(
             f"--max-completion-length: got {config.max_completion_length}; fewer tokens than the model's context of "
-            f"{config.max_completion_length + prompt_limit(model, config)} are accepted, less those of the prompt"
+            f"{config.max_completion_length + limit} are accepted, less those of the prompt"
         )
     longest_question = max((q.text for q in questions), key=len)
     longest_principle = max((p.text for p in principles), key=len)
     pairs = [(longest_question, p.text) for p in principles] + [(q.text, longest_principle) for q in questions]
-    encode_prompts(tokenizer, [build_messages(*pair) for pair in pairs], prompt_limit(model, config))
+    encode_prompts(tokenizer, [build_messages(*pair) for pair in pairs], limit)
 
 
 def leave_out(model, tokenizer, principles, questions, config) -> list:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from commands import (
-    at_least,
     cell,
+    check_numbers,
     check_written,
     context_limit,
     encoder,
@@ -74,7 +74,7 @@ class SiConfig(DatasetConfig):
     def check(self) -> None:
         """Raises InputError for the first value that cannot be."""
         check_flags(self)
-        at_least(self, num_questions=2, max_completion_length=1, seed=0, select=2, propose=1, num_negatives=1)
+        check_numbers(self, num_questions=2, max_completion_length=1, seed=0, select=2, propose=1, num_negatives=1)
         if not 1e-9 <= self.temperature < math.inf:
             raise InputError(f"--temperature: got {self.temperature}; a number above 0 (1e-9 or more) is accepted")
         check_written(self, out=".jsonl", json=".json")

@@ -43,6 +43,7 @@ import tiny
 from data import (
     DatasetConfig,
     InputError,
+    at_least,
     build_messages,
     check_flags,
     encode_prompts,
@@ -60,6 +61,7 @@ from policy import (
     hidden_states,
     load_model,
     log_probs,
+    prompt_limit,
     sample,
     save,
     uniform_numbers,
@@ -76,7 +78,6 @@ from run import (
     load_data,
     memory_advice,
     memory_line,
-    prompt_limit,
     report,
     resume_config,
     resume_run,
@@ -163,14 +164,12 @@ class Config(DatasetConfig):
             raise InputError("--principles: missing; a file of principles, or --preferences with pairs, is accepted")
         if self.learning_rate is None:
             self.learning_rate = 7e-4 if self.principles else 1e-4
-        at_least = dict.fromkeys(
+        lowest = dict.fromkeys(
             "num_questions num_generations max_completion_length max_steps num_iterations micro_batch eval_questions "
             "ot_tokens num_pairs".split(), 1,
         ) | {"num_principles": 2, "warmup_steps": 0, "eval_steps": 0, "seed": 0, "lora_rank": 0, "save_steps": 0,
              "save_total_limit": 1}
-        for name, low in at_least.items():
-            if getattr(self, name) is not None and getattr(self, name) < low:
-                raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; {low} or more is accepted")
+        at_least(self, **lowest)
         for name in "learning_rate temperature max_grad_norm mi_temperature ot_eps".split():
             if not 1e-9 <= getattr(self, name) < math.inf:  # 1e-300 is 0 in float32
                 raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; a number above 0 (1e-9 or "
@@ -259,7 +258,7 @@ def roll_out(model, tokenizer, questions, principles, num_generations, config, n
     names: one for each question; all that is random about a question is a function of its name.
     """
     conversations = [build_messages(q.text, p.text) for q, ps in zip(questions, principles) for p in ps]
-    prompts = encode_prompts(tokenizer, conversations, prompt_limit(model, config))
+    prompts = encode_prompts(tokenizer, conversations, prompt_limit(model, config.max_completion_length))
     shape = (len(questions), len(principles[0]), num_generations)
     uniform = uniform_numbers(names, *shape[1:], config.max_completion_length, device=model.device)  # [Q, K, G, T]
     ends = eos_ids(model, tokenizer)
