@@ -30,7 +30,8 @@ Our choices:
   times fewer iterations at eps = 0.01 mean(C); eps-scaling saved little on top. The self problems take the
   symmetric step f <- (f + T f) / 2, with T the iteration above.
 - Distances and gradients are matrix products of centred points: about 4 of [n, m, d] for S with its gradient in x.
-  P is never formed: with row = a exp(u - u0) and column = b exp(v - v0) it is row K column.
+  C / eps, K and P = row K column, with row = a exp(u - u0) and column = b exp(v - v0), take turns in one [n, m]: fresh
+  memory costs more than what is computed in it. The rare new K pays for C again.
 - All is float32 on the CPU, with autocast off; float64 if x or y is so, or where eps > mean(C) (P is nearly a b^T,
   and what matters is the rest). Elsewhere all is float64: TF32 and autocast leave it alone, so no global flag
   needs saving. (On a CPU with AMX or the like, `torch.set_float32_matmul_precision("medium")` lowers float32 there:
@@ -95,7 +96,7 @@ def sinkhorn_potentials(cost, eps, a=None, b=None, *, max_iter=1000, tol=1e-4):
     wide = _working_dtype(cost)
     p, q, e = a.detach().to(wide), b.detach().to(wide), eps.to(wide)[..., None]  # [..., n], [..., m], [..., 1]
     with torch.autocast("cpu", enabled=False):
-        u, v, _, info = _iterate(cost.to(wide) / -e[..., None], p, q, max_iter, tol)  # [..., n], [..., m]
+        u, v, _, info = _iterate(lambda: cost.to(wide) / -e[..., None], p, q, max_iter, tol)  # [..., n], [..., m]
     _warn_unless_converged(info, eps, tol)
     return (e * u).to(cost.dtype), (e * v).to(cost.dtype), info  # [..., n], [..., m]
 
@@ -156,7 +157,7 @@ def _cloud(x, weights, unit):
     x, weights = x.to(unit.dtype), weights.to(unit.dtype)  # [..., n, d], [..., n]
     weights = weights / weights.sum(-1, keepdim=True)  # [..., n] again: in float32 their sum is 1 only within 1e-7
     centre = _product(weights, x)[..., None, :]  # [..., 1, d]
-    points = (x - centre).div_(unit)  # [..., n, d]
+    points = (x - centre).div_(unit).contiguous()  # [..., n, d]
     return _Cloud(points, torch.linalg.vector_norm(points, dim=-1).square() / 2, centre / unit, weights)
 
 
@@ -181,17 +182,15 @@ def _differentiable(x, y, eps, a, b, max_iter, tol, problems):
             if all((_mean(clouds[i], clouds[j]) >= 1).all() for i, j, _ in problems):
                 break
         potentials = [torch.zeros_like(cloud.weights, dtype=torch.float64) for cloud in clouds]  # [..., n], [..., m]
-        gradients, constant, infos = [None, None], 0, []
+        gradients = [torch.zeros_like(cloud.points) if need else None for cloud, need in zip(clouds, needed)]
+        constant, infos = 0, []
         for i, j, factor in problems:
-            u, v, excess, sides, info = _solve(clouds[i], clouds[j], needed[i], needed[j], max_iter, tol)
+            u, v, excess, info = _solve(clouds[i], clouds[j], factor, gradients[i], gradients[j], max_iter, tol)
             constant = constant - factor * e * excess  # [...]
             infos.append(info)
-            for side, potential, gradient in ((i, u, sides[0]), (j, v, sides[1])):
+            for side, potential in ((i, u), (j, v)):
                 potentials[side].add_(factor * e[..., None] * potential)
-                if gradient is not None and gradients[side] is None:
-                    gradients[side] = gradient.mul_(2 * factor * unit)  # like the points
-                elif gradient is not None:
-                    gradients[side].addcmul_(gradient, 2 * factor * unit)
+        gradients = [None if gradient is None else gradient.mul_(2 * unit) for gradient in gradients]  # like the points
     f, g = (potential.to(x.dtype) for potential in potentials)  # [..., n], [..., m]
     value = (a * f).sum(-1) + (b * g).sum(-1) + constant.to(x.dtype)  # [...]
     _require(value.isfinite().all(), f"OT must be finite in {x.dtype}: the points are too far apart")
@@ -216,11 +215,13 @@ class _WithGradient(torch.autograd.Function):
         return outer, outer[..., None, None] * ctx.saved_tensors[0], None
 
 
-def _iterate(logits, a, b, max_iter, tol, symmetric=False):
+def _iterate(make_logits, a, b, max_iter, tol, symmetric=False):
     """u = f / eps and v = g / eps for logits = -C / eps, P by its factors (row, K, column), and the info.
 
-    v is the exact half-step from u; symmetric: C is symmetric with b = a, and v = u.
+    make_logits() is called for each K, which overwrites it. v is the exact half-step from u; symmetric: C is
+    symmetric with b = a, and v = u.
     """
+    logits = make_logits()  # [..., n, m]
     size = max(abs(bound.item()) for bound in logits.aminmax())  # a NaN passes through
     _require(size < torch.finfo(logits.dtype).max / 16,
              f"C / eps must be finite in {logits.dtype}, by a factor of 16: C bad, or eps too small")
@@ -235,7 +236,8 @@ def _iterate(logits, a, b, max_iter, tol, symmetric=False):
     for iteration in range(1, max_iter + 1):
         far = ((a > 0) * (u - u0)).abs().amax(-1) > reach  # [...]
         if far.any():
-            u0[far], v0[far], kernel[far] = _absorb(logits[far], u[far], a[far], b[far])
+            moved = _absorb(make_logits(), u, a, b)  # [..., n], [..., m], [..., n, m]
+            u0[far], v0[far], kernel[far] = (t[far] for t in moved)
         # In one exp, removed points give 0, not 0 * inf; so too below.
         v = u if symmetric else v0 - _product((log_a + u - u0).exp(), kernel).log()  # [..., m]
         new = u0 - _product((log_b + v - v0).exp(), kernel.mT).log()  # [..., n]
@@ -262,7 +264,7 @@ def _iterate(logits, a, b, max_iter, tol, symmetric=False):
 
 
 def _absorb(logits, u, a, b):
-    """Reference potentials u0 [..., n] and v0 [..., m] near u, and K = exp(u0 + v0 + logits) [..., n, m].
+    """Reference potentials u0 [..., n] and v0 [..., m] near u, and K = exp(u0 + v0 + logits), which overwrites logits.
 
     Two Sinkhorn half-steps in the limit eps -> 0: v0[j] = min_i (C[i, j] / eps - u[i]) over a[i] > 0, then u0 alike.
     So the largest entry of each row and column of K is exactly 1, whatever u, eps and the weights are.
@@ -273,7 +275,7 @@ def _absorb(logits, u, a, b):
         return kernel.amax(dim)
 
     v0 = -highest(logits + u[..., :, None] if u.any() else logits, a, -2)  # [..., m]
-    kernel = logits + v0[..., None, :]  # [..., n, m]
+    kernel = logits.add_(v0[..., None, :])  # [..., n, m]
     u0 = -highest(kernel, b, -1)  # [..., n]
     kernel.add_(u0[..., :, None])  # [..., n, m]
     if (b == 0).any():  # a removed column took no part in u0: its own largest entry is not at 1 yet
@@ -283,46 +285,59 @@ def _absorb(logits, u, a, b):
     return u0, v0, kernel.clamp_(max=0).exp_()  # [..., n, m] above 0 only between removed points
 
 
-def _solve(x, y, needs_x, needs_y, max_iter, tol):
-    """u, v, sum P - 1, the gradients in x and y (times eps / unit; None if not needed) and the info of one problem.
+def _solve(x, y, factor, of_x, of_y, max_iter, tol):
+    """u, v, sum P - 1 and the info of one problem; adds its gradients, times factor eps / unit, to of_x and of_y.
 
-    If y is x, the gradient in x is that of both its arguments.
+    These are [..., n, d] and [..., m, d], or None where not needed. If y is x, of_x takes both.
     """
-    symmetric, shift = x is y, x.centre - y.centre  # [..., 1, d]
-    logits = _gram(x.points) if symmetric else x.points @ y.points.mT  # [..., n, m]
+    symmetric = x is y
+    u, v, (row, kernel, column), info = _iterate(lambda: _logits(x, y), x.weights, y.weights, max_iter, tol, symmetric)
+    plan = kernel.mul_(row[..., :, None]).mul_(column[..., None, :])  # [..., n, m] P, in the memory of K
+
+    # The envelope gradient of sum P |x + shift - y|^2 / 2, shift between the centres.
+    def add(total, factor, near, shift, plan, far):
+        mass = factor * plan.sum(-1, keepdim=True)  # [..., n, 1]
+        total.addcmul_(mass, near.points)
+        if not symmetric:
+            total.addcmul_(mass, shift)
+        _batch(total).baddbmm_(_batch(plan), _batch(far.points), alpha=-factor)
+
+    shift = x.centre - y.centre  # [..., 1, d]
+    if of_x is not None:
+        add(of_x, 2 * factor if symmetric else factor, x, shift, plan, y)
+    if of_y is not None and not symmetric:
+        add(of_y, factor, y, -shift, plan.mT, x)
+    return u, v, plan.sum(-1).double().sum(-1) - 1, info
+
+
+def _logits(x, y, block=192):
+    """-C / eps between two clouds, [..., n, m]. If y is x, only blocks on and above the diagonal are multiplied."""
     left, right = x.half, y.half  # [..., n], [..., m]
-    if not symmetric:  # |x + shift - y|^2 / 2
+    if x is not y:  # |x + shift - y|^2 / 2
+        shift = x.centre - y.centre  # [..., 1, d]
         left = left + _product(shift[..., 0, :], x.points.mT) + shift.square().sum(-1) / 2  # [..., n]
         right = right - _product(shift[..., 0, :], y.points.mT)  # [..., m]
-    logits.sub_(left[..., :, None]).sub_(right[..., None, :])
-    u, v, (row, kernel, column), info = _iterate(logits, x.weights, y.weights, max_iter, tol, symmetric)
-    mass = row * _product(column, kernel.mT)  # [..., n] the sums of P's rows
+    logits = -left[..., :, None] - right[..., None, :]  # [..., n, m]
+    into, rows, columns = _batch(logits), _batch(x.points), _batch(y.points).mT  # [B, n, m], [B, n, d], [B, d, m]
+    if x is not y:
+        into.baddbmm_(rows, columns)
+        return logits
+    for i in range(0, rows.shape[1], block):
+        here, after = slice(i, i + block), slice(i + block, None)
+        into[:, here, i:].baddbmm_(rows[:, here], columns[:, :, i:])
+        into[:, after, here] = into[:, here, after].mT
+    into.diagonal(dim1=1, dim2=2).zero_()
+    return logits
 
-    # Envelope gradient, sum_j P[i, j] x[i] - sum_j P[i, j] y[j].
-    def gradient(near, shift, mass, outer, inner, other, far):
-        moved = inner @ (other[..., None] * far.points)  # like near.points
-        moved.mul_(-outer[..., None]).addcmul_(mass[..., None], near.points)
-        return moved.mul_(2) if symmetric else moved.addcmul_(mass[..., None], shift)
 
-    of_x = gradient(x, shift, mass, row, kernel, column, y) if needs_x else None  # [..., n, d]
-    of_y = None  # or [..., m, d]
-    if needs_y and not symmetric:
-        of_y = gradient(y, -shift, column * _product(row, kernel), column, kernel.mT, row, x)  # [..., m, d]
-    return u, v, mass.double().sum(-1) - 1, (of_x, of_y), info
+def _batch(matrices):
+    """[..., n, m] as [B, n, m], the same memory."""
+    return matrices.view(-1, *matrices.shape[-2:])
 
 
 def _product(vector, matrix):
     """vector [..., n] times matrix [..., n, m]: [..., m]. As a row: batches of columns are many times slower."""
     return (vector[..., None, :] @ matrix)[..., 0, :]
-
-
-def _gram(x, block=256):
-    """x x^T [..., n, n] for x [..., n, d], from the blocks on and above its diagonal: nearly half of the work."""
-    gram = x.new_empty(*x.shape[:-1], x.shape[-2])  # [..., n, n]
-    for i in range(0, x.shape[-2], block):
-        rows = x[..., i:i + block, :] @ x[..., i:, :].mT  # [..., block, n - i]
-        gram[..., i:i + block, i:], gram[..., i:, i:i + block] = rows, rows.mT
-    return gram
 
 
 def _working_dtype(like):

@@ -370,16 +370,21 @@ def test_absorbed_kernel_has_a_one_in_each_row_and_column():
     for u in (torch.zeros(3, 9, dtype=torch.float64), 1e3 * cloud(3, 9, seed=2)):
         a, b = torch.ones_like(u), torch.ones(3, 7, dtype=torch.float64)
         a[1, 2], b[1, 4] = 0, 0
-        u0, v0, kernel = sinkhorn._absorb(logits, u, a, b)
+        u0, v0, kernel = sinkhorn._absorb(logits.clone(), u, a, b)
         close(kernel, (u0[..., None] + v0[..., None, :] + logits).clamp(max=0).exp(), "K != exp(u0 + v0 - C / eps)")
         close(kernel.amax(-1), torch.ones(3, 9), "a row could underflow", 1e-12, 0)
         close(kernel.amax(-2), torch.ones(3, 7), "a column could underflow", 1e-12, 0)
 
 
-def test_gram_is_the_product_by_blocks():
-    x = cloud(2, 7, 3)
-    for block in (1, 3, 7, 128):
-        close(sinkhorn._gram(x, block), x @ x.mT, f"blocks of {block}", 1e-14, 1e-14)
+def test_logits_of_one_cloud_are_those_of_two_by_blocks():
+    for shape in ((7, 3), (2, 7, 3), (2, 2, 7, 3)):
+        x = sinkhorn._cloud(cloud(*shape), torch.ones(shape[:-1], dtype=torch.float64), torch.tensor([[0.3]]).double())
+        expected = -torch.cdist(x.points, x.points, compute_mode="donot_use_mm_for_euclid_dist").square() / 2
+        close(sinkhorn._logits(x, x._replace(half=x.half)), expected, "two clouds", 1e-13, 1e-13)
+        for block in (1, 3, 7, 128):
+            logits = sinkhorn._logits(x, x, block)
+            close(logits, expected, f"blocks of {block}", 1e-13, 1e-13)
+            assert (logits.diagonal(dim1=-2, dim2=-1) == 0).all()
 
 
 # ---- fuzzing
