@@ -151,6 +151,7 @@ class _Cloud(NamedTuple):
     half: torch.Tensor  # [..., n] |points|^2 / 2
     centre: torch.Tensor  # [..., 1, d]
     weights: torch.Tensor  # [..., n] of sum 1
+    spread: torch.Tensor  # [...] the mean of half
 
 
 def _cloud(x, weights, unit):
@@ -158,13 +159,13 @@ def _cloud(x, weights, unit):
     weights = weights / weights.sum(-1, keepdim=True)  # [..., n] again: in float32 their sum is 1 only within 1e-7
     centre = _product(weights, x)[..., None, :]  # [..., 1, d]
     points = (x - centre).div_(unit).contiguous()  # [..., n, d]
-    return _Cloud(points, torch.linalg.vector_norm(points, dim=-1).square() / 2, centre / unit, weights)
+    half = torch.linalg.vector_norm(points, dim=-1).square() / 2  # [..., n]
+    return _Cloud(points, half, centre / unit, weights, torch.linalg.vecdot(weights, half))
 
 
 def _mean(x, y):
     """The mean of C / eps, [...]."""
-    apart = (x.centre - y.centre).square().sum((-2, -1)) / 2  # [...]
-    return (x.weights * x.half).sum(-1) + (y.weights * y.half).sum(-1) + apart  # [...]
+    return x.spread + y.spread + (x.centre - y.centre).square().sum((-2, -1)) / 2  # [...]
 
 
 def _differentiable(x, y, eps, a, b, max_iter, tol, problems):
@@ -183,16 +184,17 @@ def _differentiable(x, y, eps, a, b, max_iter, tol, problems):
                 break
         potentials = [torch.zeros_like(cloud.weights, dtype=torch.float64) for cloud in clouds]  # [..., n], [..., m]
         gradients = [torch.zeros_like(cloud.points) if need else None for cloud, need in zip(clouds, needed)]
-        constant, infos = 0, []
+        excess, infos = 0, []
         for i, j, factor in problems:
-            u, v, excess, info = _solve(clouds[i], clouds[j], factor, gradients[i], gradients[j], max_iter, tol)
-            constant = constant - factor * e * excess  # [...]
+            u, v, more, info = _solve(clouds[i], clouds[j], factor, gradients[i], gradients[j], max_iter, tol)
+            potentials[i].add_(u, alpha=factor)
+            potentials[j].add_(v, alpha=factor)
+            excess = excess + factor * more  # [...]
             infos.append(info)
-            for side, potential in ((i, u), (j, v)):
-                potentials[side].add_(factor * e[..., None] * potential)
+        f, g = ((eps[..., None] * potential).to(x.dtype) for potential in potentials)  # [..., n], [..., m]
+        excess = (eps * excess).to(x.dtype)  # [...]
         gradients = [None if gradient is None else gradient.mul_(2 * unit) for gradient in gradients]  # like the points
-    f, g = (potential.to(x.dtype) for potential in potentials)  # [..., n], [..., m]
-    value = (a * f).sum(-1) + (b * g).sum(-1) + constant.to(x.dtype)  # [...]
+    value = (a * f).sum(-1) + (b * g).sum(-1) - excess  # [...]
     _require(value.isfinite().all(), f"OT must be finite in {x.dtype}: the points are too far apart")
     for points, gradient in zip((x, y), gradients):
         if gradient is not None:
@@ -226,23 +228,31 @@ def _iterate(make_logits, a, b, max_iter, tol, symmetric=False):
     _require(size < torch.finfo(logits.dtype).max / 16,
              f"C / eps must be finite in {logits.dtype}, by a factor of 16: C bad, or eps too small")
     _require(max_iter >= 1 and tol > 0, f"max_iter must be >= 1 and tol > 0, got {max_iter} and {tol}")
-    log_a, log_b = a.log(), b.log()  # [..., n], [..., m] -inf where a point is removed
+    log_a, present = a.log(), (a > 0).to(a)  # [..., n] -inf and 0 where a point is removed
     rounding = 16 * torch.finfo(logits.dtype).eps * size  # of u, generously
     reach = -math.log(torch.finfo(logits.dtype).tiny) / 3  # of |u - u0|: twice this, and K still has digits to spare
     best, best_at = math.inf, 0
-    u0, v0, kernel = _absorb(logits, torch.zeros_like(a), a, b)  # [..., n], [..., m], [..., n, m]
-    u = old = u0.clone()  # [..., n] u0 changes in place
+    s = old = torch.zeros_like(a)  # [..., n] u - u0
+    if symmetric and (a > 0).all():  # C[i, i] = 0: nothing to absorb
+        u0, v0, kernel = s, s, logits.exp_()  # [..., n], [..., n], [..., n, n]
+    else:
+        u0, v0, kernel = _absorb(logits, s, a, b)  # [..., n], [..., m], [..., n, m] symmetric: v0 = u0
     age = torch.zeros_like(a[..., 0])  # [...] steps since the momentum restarted
     for iteration in range(1, max_iter + 1):
-        far = ((a > 0) * (u - u0)).abs().amax(-1) > reach  # [...]
-        if far.any():
-            moved = _absorb(make_logits(), u, a, b)  # [..., n], [..., m], [..., n, m]
-            u0[far], v0[far], kernel[far] = (t[far] for t in moved)
-        # In one exp, removed points give 0, not 0 * inf; so too below.
-        v = u if symmetric else v0 - _product((log_a + u - u0).exp(), kernel).log()  # [..., m]
-        new = u0 - _product((log_b + v - v0).exp(), kernel.mT).log()  # [..., n]
-        excess = (log_a + u - new).exp() - a  # [..., n] P's row sums are a exp(u - new): the error is free
-        error = excess.abs().sum(-1)  # [...]
+        if not symmetric:  # there |s| <= -log(min a) / 2 < reach: K[i, i] is 1
+            far = torch.linalg.vector_norm(present * s, math.inf, dim=-1) > reach  # [...]
+            if far.any():
+                fresh = _absorb(make_logits(), u0 + s, a, b)  # [..., n], [..., m], [..., n, m]
+                change = torch.where(far[..., None], u0 - fresh[0], 0)  # [..., n]
+                s, old = s + change, old + change  # [..., n], [..., n]
+                u0[far], v0[far], kernel[far] = (t[far] for t in fresh)
+        row = (log_a + s).exp()  # [..., n] in one exp: removed points give 0, not 0 * inf
+        below = None if symmetric else _product(row, kernel)  # [..., m]
+        column = row if symmetric else b / below  # [..., m]
+        beside = _product(column, kernel.mT)  # [..., n]
+        new = -beside.log()  # [..., n]
+        excess = row * beside - a  # [..., n] of P's row sums: the error is free
+        error = torch.linalg.vector_norm(excess, 1, dim=-1)  # [...]
         worst = error.max().item()
         if worst < best:
             best, best_at = worst, iteration
@@ -251,16 +261,19 @@ def _iterate(make_logits, a, b, max_iter, tol, symmetric=False):
             break
         done = (error <= tol)[..., None]  # [..., 1] these stay: a problem's result must not depend on its batch
         if symmetric:
-            u = torch.where(done, u, (u + new) / 2)  # [..., n]
+            s = torch.where(done, s, (s + new) / 2)  # [..., n]
         else:
-            uphill = (excess * (new - old)).sum(-1) <= 0  # [...] -excess is the dual's gradient in u
+            step = new - old  # [..., n]
+            uphill = torch.linalg.vecdot(excess, step) <= 0  # [...] -excess is the dual's gradient in u
             age = torch.where(uphill, age + 1, 0)  # [...]
-            ahead = new + (age / (age + 3))[..., None] * (new - old)  # [..., n]
-            u, old = torch.where(done, u, ahead), new  # [..., n], [..., n]
+            ahead = torch.addcmul(new, (age / (age + 3))[..., None], step)  # [..., n]
+            s, old = torch.where(done, s, ahead), new  # [..., n], [..., n]
+    info = SinkhornInfo(iteration, error, worst <= tol)
     if symmetric:
-        u = v = (u + new) / 2  # [..., n] the error is that of u before, which this improves on
-    row, column = (log_a + u - u0).exp(), (log_b + v - v0).exp()  # [..., n], [..., m]
-    return u, v, (row, kernel, column), SinkhornInfo(iteration, error, worst <= tol)  # [..., n], [..., m]
+        s = (s + new) / 2  # [..., n] the error is that of u before, which this improves on
+        row = column = (log_a + s).exp()  # [..., n]
+        return u0 + s, u0 + s, (row, kernel, column), info  # [..., n], [..., n]
+    return u0 + s, v0 - below.log(), (row, kernel, column), info  # [..., n], [..., m]
 
 
 def _absorb(logits, u, a, b):
@@ -269,8 +282,10 @@ def _absorb(logits, u, a, b):
     Two Sinkhorn half-steps in the limit eps -> 0: v0[j] = min_i (C[i, j] / eps - u[i]) over a[i] > 0, then u0 alike.
     So the largest entry of each row and column of K is exactly 1, whatever u, eps and the weights are.
     """
+    removed = bool((a == 0).any() or (b == 0).any())
+
     def highest(kernel, weights, dim):  # over the points that are not removed
-        if (weights == 0).any():
+        if removed:
             kernel = kernel.masked_fill((weights == 0).unsqueeze(-3 - dim), -math.inf)  # [..., n, m]
         return kernel.amax(dim)
 
@@ -278,11 +293,11 @@ def _absorb(logits, u, a, b):
     kernel = logits.add_(v0[..., None, :])  # [..., n, m]
     u0 = -highest(kernel, b, -1)  # [..., n]
     kernel.add_(u0[..., :, None])  # [..., n, m]
-    if (b == 0).any():  # a removed column took no part in u0: its own largest entry is not at 1 yet
+    if removed:  # a removed column took no part in u0: its own largest entry is not at 1 yet
         more = -highest(kernel, a, -2).masked_fill(b > 0, 0)  # [..., m]
         v0.add_(more)
-        kernel.add_(more[..., None, :])  # [..., n, m]
-    return u0, v0, kernel.clamp_(max=0).exp_()  # [..., n, m] above 0 only between removed points
+        kernel.add_(more[..., None, :]).clamp_(max=0)  # [..., n, m] above 0 only between removed points
+    return u0, v0, kernel.exp_()  # [..., n, m]
 
 
 def _solve(x, y, factor, of_x, of_y, max_iter, tol):
@@ -310,7 +325,7 @@ def _solve(x, y, factor, of_x, of_y, max_iter, tol):
     return u, v, plan.sum(-1).double().sum(-1) - 1, info
 
 
-def _logits(x, y, block=192):
+def _logits(x, y, block=256):
     """-C / eps between two clouds, [..., n, m]. If y is x, only blocks on and above the diagonal are multiplied."""
     left, right = x.half, y.half  # [..., n], [..., m]
     if x is not y:  # |x + shift - y|^2 / 2
@@ -327,7 +342,7 @@ def _logits(x, y, block=192):
         into[:, here, i:].baddbmm_(rows[:, here], columns[:, :, i:])
         into[:, after, here] = into[:, here, after].mT
     into.diagonal(dim1=1, dim2=2).zero_()
-    return logits
+    return logits.clamp_(max=0)
 
 
 def _batch(matrices):
