@@ -1,7 +1,7 @@
 """The Sinkhorn divergence with its gradient in x: ours beside POT and geomloss, at the same eps and accuracy.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/sinkhorn.py                                   # about 6 minutes on two cores
+    python benchmarks/sinkhorn.py                                   # about 7 minutes on two cores
     python benchmarks/sinkhorn.py --sizes 512 1024 --eps-rel 0.1 0.01
 
 Clouds of n points in float32: Gaussians, N(0, 1) against N(0.1, 1.1^2), and last hidden states on completion tokens, of
