@@ -1,4 +1,4 @@
-"""What `metrics.py si` and `metrics.py geometry` share: models, questions, intervals, files, the command line."""
+"""What the command lines share: flags, intervals, plots; and what the two commands of metrics.py alone need."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import transformers
 
 import metrics
 import tiny
-from data import InputError, at_least
+from data import InputError, at_least, write_aside
 from metrics import bootstrap_interval
 from policy import load_model, prompt_limit
 
@@ -81,16 +81,6 @@ def check_written(config, **endings) -> None:
                 raise InputError(f"--{name}: {path} is read by this command; another file is accepted")
 
 
-def write_aside(path, write) -> None:
-    """`write(aside)`, then moved to `path`: an interrupted run leaves the old file or the new one, never half."""
-    aside = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp{Path(path).suffix}")
-    try:
-        write(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def write_numbers(path, value) -> None:
     def plain(value):  # JSON has no NaN
         if isinstance(value, dict):
@@ -104,21 +94,40 @@ def write_numbers(path, value) -> None:
     print(f"{path}: all numbers")
 
 
-def write_plot(json_path, draw) -> None:
-    """The figure that draw(pyplot) returns, as .png beside a --json file; one line where matplotlib is missing."""
+def pyplot():
+    """matplotlib's, drawing into files; None where it is not installed."""
     try:
         import matplotlib
     except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def write_plot(json_path, draw) -> None:
+    """The figure that draw(pyplot) returns, as .png beside a --json file; one line where matplotlib is missing."""
+    plt = pyplot()
+    if plt is None:
         print("no plot: pip install matplotlib", file=sys.stderr)
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     path = Path(json_path).with_suffix(".png")
     figure = draw(plt)
     write_aside(path, lambda aside: figure.savefig(aside, dpi=120))
     plt.close(figure)
     print(f"{path}: the plot")
+
+
+def flag_parser(settings: type, **options):
+    """The parser of a dataclass of settings; what argparse would print and exit with is an InputError here."""
+    parser = transformers.HfArgumentParser(settings, **options)
+
+    def refuse(message):
+        raise InputError(f"{message}; --help lists what is accepted")
+
+    parser.error = refuse
+    return parser
 
 
 def parse(argv):
@@ -131,12 +140,7 @@ def parse(argv):
         got = repr(argv[0]) if argv else "nothing"
         raise InputError(f"command: got {got}; {' and '.join(commands)} are accepted, each with --help")
     settings, command = commands[argv[0]]
-    parser = transformers.HfArgumentParser(settings, prog=f"metrics.py {argv[0]}", description=settings.__doc__)
-
-    def refuse(message):
-        raise InputError(f"{message}; --help lists what is accepted")
-
-    parser.error = refuse
+    parser = flag_parser(settings, prog=f"metrics.py {argv[0]}", description=settings.__doc__)
     config = settings(**vars(parser.parse_args(argv[1:])))
     config.check()
     return command, config

@@ -87,22 +87,30 @@ def load_principles(path):
 def save_principles(path, principles):
     """Write a .jsonl file that `load_principles` reads back equal (but for white space around a text).
 
-    Raises InputError for what `load_principles` would refuse, and for a file it cannot write. Written aside,
-    then moved, so that a crash leaves either the old file or the new one.
+    Raises InputError for what `load_principles` would refuse, and for a file it cannot write.
     """
     _check_ending(path, ".jsonl")
     rows = [{"id": p.id, "principle": p.text} | ({} if p.negative is None else {"negative": p.negative})
             for p in principles]
     _check_principles(path, [(f"{_name(path)}:{n}", row) for n, row in enumerate(rows, start=1)])
-    aside = Path(f"{path}.{os.getpid()}.tmp")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
-        aside.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-        os.replace(aside, path)
+        write_aside(path, lambda aside: aside.write_bytes(text.encode()))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
         wrong = f"cannot be written ({error.strerror})"
         raise InputError(f"{_name(path)}: {wrong}; a file in a writable folder is accepted") from None
+
+
+def write_aside(path, write):
+    """`write(aside)`, then `aside` is moved to `path`: a crash leaves the old file or the new one, never half."""
+    path = Path(path)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def load_questions(source, question_field=None, answer_field=None, config=None, split="train", limit=None, seed=0):

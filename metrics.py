@@ -18,16 +18,14 @@ no top-k or top-p, and principles are equally likely, the MI estimate is unbiase
 principles of a question (infonce.py says why). It can never exceed log K: near that ceiling, only more principles can
 tell more.
 
-In order: estimators, what an answer is worth, the plot of a run, geometry. The commands are in si.py and geometry.py.
+In order: estimators, what an answer is worth, geometry. The commands are in si.py and geometry.py.
 To copy: it needs torch and infonce.py.
 """
 
 import itertools
-import json
 import math
 import re
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -213,40 +211,6 @@ def answer_is_right(text: str, answer: str) -> bool:
 
 def _numbers(text: str) -> list[float]:
     return [float(n.replace(",", "")) for n in re.findall(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?", text)]
-
-
-def plot_run(run_dir):
-    """Write curves.png into a run's directory and return its path; None where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    run_dir = Path(run_dir)
-    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    evals = json.loads((run_dir / "eval.json").read_text(encoding="utf-8"))
-    points = {0: evals["start"], **{int(k): v for k, v in evals["steps"].items()}, len(steps): evals["end"]}
-    panels = (
-        ("format", "reward", "format"), ("accuracy", None, "accuracy"), ("sufficiency index", "si", "si"),
-        ("drift (Sinkhorn)", "loss_ot", "sinkhorn"), ("entropy, nats per token", "entropy", None),
-        ("completion length, tokens", "completion_length", "completion_length"),
-    )
-    figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
-    for axis, (title, step_key, eval_key) in zip(axes.flat, panels, strict=True):
-        if step_key in steps[0]:
-            x, y = zip(*((s["step"], s[step_key]) for s in steps))
-            axis.plot(x, y, color="0.7", lw=1, label="training batch")
-        if eval_key in evals["start"]:
-            mean, low, high = ([p[eval_key][k] for p in points.values()] for k in ("mean", "low", "high"))
-            axis.plot(list(points), mean, "o-", color="C0", ms=4, label="held out, 95%")
-            axis.fill_between(list(points), low, high, color="C0", alpha=0.2)
-        axis.set(title=title, xlabel="step")
-    axes[0, 0].legend(fontsize=8)
-    figure.savefig(run_dir / "curves.png", dpi=120)
-    plt.close(figure)
-    return run_dir / "curves.png"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Around the loop of train.py: what a run reads and leaves, how it stops and goes on, and what it says.
 
-In order: the run's directory, the data, memory, going on with a stopped run, the report, signals, warnings, failures.
+In order: the run's directory, the data, memory, going on with a stopped run, plot and report, signals, warnings,
+failures.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import transformers
 import checkpoint
 import parallel
 import tiny
+from commands import pyplot
 from data import (
     InputError,
     build_messages,
@@ -29,6 +31,7 @@ from data import (
     load_principles,
     save_principles,
     split_questions,
+    write_aside,
 )
 from policy import ROWS_PER_FORWARD, block_side, forward_bytes, prompt_limit
 from preferences import Pairs, encode_pairs, with_reference
@@ -279,12 +282,11 @@ def resume_run(run_dir, config, model, optimizer, schedule, state: dict) -> None
 
 
 def write_json(path: Path, value) -> None:
-    """Written aside, then moved: a reader never sees half a file. Process 0 writes, here and below."""
+    """A reader never sees half a file. Process 0 writes, here and below."""
     if parallel.rank():
         return
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def append_json(path: Path, value) -> None:
@@ -298,6 +300,35 @@ def summary(values) -> str:
     told = "format", "accuracy", "si", "sinkhorn", "pair_accuracy", "pair_logratio_margin"
     names = [n for n in told if n in values]
     return f"{values['questions']} held-out questions, " + ", ".join(f"{n} {values[n]['mean']:.2f}" for n in names)
+
+
+def plot_run(run_dir: Path) -> Path | None:
+    """Write curves.png into a run's directory and return its path; None where matplotlib is not installed."""
+    plt = pyplot()
+    if plt is None:
+        return None
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    evals = json.loads((run_dir / "eval.json").read_text(encoding="utf-8"))
+    points = {0: evals["start"], **{int(k): v for k, v in evals["steps"].items()}, len(steps): evals["end"]}
+    panels = (
+        ("format", "reward", "format"), ("accuracy", None, "accuracy"), ("sufficiency index", "si", "si"),
+        ("drift (Sinkhorn)", "loss_ot", "sinkhorn"), ("entropy, nats per token", "entropy", None),
+        ("completion length, tokens", "completion_length", "completion_length"),
+    )
+    figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
+    for axis, (title, step_key, eval_key) in zip(axes.flat, panels, strict=True):
+        if step_key in steps[0]:
+            x, y = zip(*((s["step"], s[step_key]) for s in steps))
+            axis.plot(x, y, color="0.7", lw=1, label="training batch")
+        if eval_key in evals["start"]:
+            mean, low, high = ([p[eval_key][k] for p in points.values()] for k in ("mean", "low", "high"))
+            axis.plot(list(points), mean, "o-", color="C0", ms=4, label="held out, 95%")
+            axis.fill_between(list(points), low, high, color="C0", alpha=0.2)
+        axis.set(title=title, xlabel="step")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(run_dir / "curves.png", dpi=120)
+    plt.close(figure)
+    return run_dir / "curves.png"
 
 
 def report(run_dir, evals, plot) -> None:

@@ -40,10 +40,10 @@ from tqdm import tqdm
 import checkpoint
 import parallel
 import tiny
+from commands import check_numbers, flag_parser, interval
 from data import (
     DatasetConfig,
     InputError,
-    at_least,
     build_messages,
     check_flags,
     encode_prompts,
@@ -51,7 +51,7 @@ from data import (
 )
 from grpo import format_reward, group_advantages, grpo_loss
 from infonce import column_info_nce, row_info_nce, symmetric_info_nce
-from metrics import answer_is_right, bootstrap_interval, plot_run
+from metrics import answer_is_right
 from policy import (
     ROWS_PER_FORWARD,
     add_lora,
@@ -78,6 +78,7 @@ from run import (
     load_data,
     memory_advice,
     memory_line,
+    plot_run,
     report,
     resume_config,
     resume_run,
@@ -169,7 +170,7 @@ class Config(DatasetConfig):
             "ot_tokens num_pairs".split(), 1,
         ) | {"num_principles": 2, "warmup_steps": 0, "eval_steps": 0, "seed": 0, "lora_rank": 0, "save_steps": 0,
              "save_total_limit": 1}
-        at_least(self, **lowest)
+        check_numbers(self, **lowest)
         for name in "learning_rate temperature max_grad_norm mi_temperature ot_eps".split():
             if not 1e-9 <= getattr(self, name) < math.inf:  # 1e-300 is 0 in float32
                 raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; a number above 0 (1e-9 or "
@@ -177,8 +178,6 @@ class Config(DatasetConfig):
         for name in "weight_decay lambda_mi lambda_ot lambda_pref epsilon epsilon_high beta".split():
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}; 0 or more is accepted")
-        if self.seed >= 2**32:
-            raise InputError(f"--seed: got {self.seed}; 0 to {2**32 - 1} is accepted")
         if self.epsilon > 1:
             raise InputError(f"--epsilon: got {self.epsilon}; 0 to 1 is accepted")
         if self.scale_rewards == "group" and self.num_generations == 1:
@@ -416,8 +415,7 @@ def evaluate(model, reference, tokenizer, data: Data, config) -> dict:
     for name in values:
         column = torch.cat([part[name].cpu() for part, _ in everyones])  # [N]
         if len(column):
-            low, high = bootstrap_interval(column)
-            result[name] = {"mean": column.mean().item(), "low": low.item(), "high": high.item()}
+            result[name] = interval(column)
     if "si" in result:
         result["si"] = {key: max(0.0, value) for key, value in result["si"].items()}
     return {**result, "example": example}
@@ -658,12 +656,7 @@ def record(run_dir, step, config, batch: Batch | None, stats, scores, seconds_sa
 
 
 def parse(argv=None) -> Config:
-    parser = transformers.HfArgumentParser(Config, description=__doc__.split("\n\n")[0])
-
-    def refuse(message):
-        raise InputError(f"{message}; --help lists what is accepted")
-
-    parser.error = refuse
+    parser = flag_parser(Config, description=__doc__.split("\n\n")[0])
     config = Config(**vars(parser.parse_args(argv)))
     if config.resume:
         parser.set_defaults(**dict.fromkeys(vars(config)))  # None, to see which flags are given
