@@ -247,11 +247,11 @@ def _iterate(make_logits, a, b, max_iter, tol, symmetric=False):
                 s, old = s + change, old + change  # [..., n], [..., n]
                 u0[far], v0[far], kernel[far] = (t[far] for t in fresh)
         row = (log_a + s).exp()  # [..., n] in one exp: removed points give 0, not 0 * inf
-        below = None if symmetric else _product(row, kernel)  # [..., m]
-        column = row if symmetric else b / below  # [..., m]
-        beside = _product(column, kernel.mT)  # [..., n]
-        new = -beside.log()  # [..., n]
-        excess = row * beside - a  # [..., n] of P's row sums: the error is free
+        row_kernel = None if symmetric else _product(row, kernel)  # [..., m]
+        column = row if symmetric else b / row_kernel  # [..., m]
+        kernel_column = _product(column, kernel.mT)  # [..., n]
+        new = -kernel_column.log()  # [..., n]
+        excess = row * kernel_column - a  # [..., n] of P's row sums: the error is free
         error = torch.linalg.vector_norm(excess, 1, dim=-1)  # [...]
         worst = error.max().item()
         if worst < best:
@@ -273,7 +273,7 @@ def _iterate(make_logits, a, b, max_iter, tol, symmetric=False):
         s = (s + new) / 2  # [..., n] the error is that of u before, which this improves on
         row = column = (log_a + s).exp()  # [..., n]
         return u0 + s, u0 + s, (row, kernel, column), info  # [..., n], [..., n]
-    return u0 + s, v0 - below.log(), (row, kernel, column), info  # [..., n], [..., m]
+    return u0 + s, v0 - row_kernel.log(), (row, kernel, column), info  # [..., n], [..., m]
 
 
 def _absorb(logits, u, a, b):
