@@ -308,10 +308,11 @@ def _solve(x, y, factor, of_x, of_y, max_iter, tol):
     symmetric = x is y
     u, v, (row, kernel, column), info = _iterate(lambda: _logits(x, y), x.weights, y.weights, max_iter, tol, symmetric)
     plan = kernel.mul_(row[..., :, None]).mul_(column[..., None, :])  # [..., n, m] P, in the memory of K
+    mass = plan.sum(-1)  # [..., n]
 
     # The envelope gradient of sum P |x + shift - y|^2 / 2, shift between the centres.
-    def add(total, factor, near, shift, plan, far):
-        mass = factor * plan.sum(-1, keepdim=True)  # [..., n, 1]
+    def add(total, factor, near, shift, mass, plan, far):
+        mass = factor * mass[..., None]  # [..., n, 1]
         total.addcmul_(mass, near.points)
         if not symmetric:
             total.addcmul_(mass, shift)
@@ -319,10 +320,10 @@ def _solve(x, y, factor, of_x, of_y, max_iter, tol):
 
     shift = x.centre - y.centre  # [..., 1, d]
     if of_x is not None:
-        add(of_x, 2 * factor if symmetric else factor, x, shift, plan, y)
+        add(of_x, 2 * factor if symmetric else factor, x, shift, mass, plan, y)
     if of_y is not None and not symmetric:
-        add(of_y, factor, y, -shift, plan.mT, x)
-    return u, v, plan.sum(-1).double().sum(-1) - 1, info
+        add(of_y, factor, y, -shift, plan.sum(-2), plan.mT, x)
+    return u, v, mass.double().sum(-1) - 1, info
 
 
 def _logits(x, y, block=256):
