@@ -106,15 +106,15 @@ def pyplot():
     return pyplot
 
 
-def write_plot(json_path, draw) -> None:
-    """The figure that draw(pyplot) returns, as .png beside a --json file; one line where matplotlib is missing."""
+def write_plot(json_path, draw, dpi: int = 120) -> None:
+    """The figure that draw(pyplot) returns, as .png beside a .json file; one line where matplotlib is missing."""
     plt = pyplot()
     if plt is None:
         print("no plot: pip install matplotlib", file=sys.stderr)
         return
     path = Path(json_path).with_suffix(".png")
     figure = draw(plt)
-    write_aside(path, lambda aside: figure.savefig(aside, dpi=120))
+    write_aside(path, lambda aside: figure.savefig(aside, dpi=dpi))
     plt.close(figure)
     print(f"{path}: the plot")
 

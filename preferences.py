@@ -15,7 +15,7 @@ from data import encode_preferences, render
 from grpo import format_reward
 from infopo import dpo_loss, infopo_loss, sequence_logp
 from metrics import answer_is_right
-from policy import eos_ids, hidden_states, log_probs, sample, uniform_numbers
+from policy import eos_ids, hidden_states, log_probs, prompt_limit, sample, uniform_numbers
 
 LOSSES = {"infopo": infopo_loss, "dpo": dpo_loss}
 DEFAULT_BETA = 0.1  # the best of benchmarks/preference.py, for InfoPO and within noise for DPO
@@ -45,8 +45,7 @@ class Pairs:
 
 def encode_pairs(model, tokenizer, preferences) -> Pairs:
     """`data.Preference`s as tokens. Raises InputError for a pair that the model's context does not hold."""
-    context = getattr(model.config, "max_position_embeddings", None)
-    rows = encode_preferences(tokenizer, preferences, turn_end(model, tokenizer), context)
+    rows = encode_preferences(tokenizer, preferences, turn_end(model, tokenizer), prompt_limit(model, 0))
     width = max(max(len(chosen), len(rejected)) for _, chosen, rejected in rows)
     tokens = torch.full((len(rows), 2, width), tokenizer.pad_token_id)  # [P, 2, T]
     lengths = torch.zeros(len(rows), 2, dtype=torch.long)  # [P, 2]

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import interval, make_parser, run_script, run_training, side_by_side  # noqa: E402
+from commands import write_plot  # noqa: E402
 
 VARIANTS = {
     "GRPO": ["--lambda-mi", "0", "--lambda-ot", "0"],
@@ -76,12 +77,7 @@ def claims(results) -> str:
     return "\n".join(lines)
 
 
-def plot(results, path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def plot(plt, results):
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), layout="constrained")
     for axis, column in zip(axes, ("format", "accuracy", "si", "follows"), strict=True):
         starts = [r["start"][column]["mean"] for r in next(iter(results.values()))]
@@ -94,7 +90,7 @@ def plot(results, path) -> None:
         axis.set_xticks(range(len(results)), [name.replace(" + ", "\n+ ") for name in results], fontsize=8)
         axis.set(title={"si": "sufficiency index"}.get(column, column), ylim=(0, 1.02))
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main() -> None:
@@ -107,10 +103,7 @@ def main() -> None:
     results = {name: [done[name, seed] for seed in range(args.seeds)] for name in args.variants}
     (args.output_dir / "ablation.json").write_text(json.dumps(results, indent=1))
     print(table(results), claims(results), sep="\n\n")
-    try:
-        plot(results, args.output_dir / "ablation.png")
-    except ImportError:
-        print("no plot: pip install matplotlib", file=sys.stderr)
+    write_plot(args.output_dir / "ablation.json", lambda plt: plot(plt, results))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import interval, make_parser, run_training, side_by_side  # noqa: E402
+from commands import write_plot  # noqa: E402
 
 BETAS = {"infopo": ("0.1", "0.3", "1"), "dpo": ("0.1", "0.3", "1")}
 RATES = ("1e-4", "2e-4")
@@ -41,12 +42,7 @@ def course(evals, name) -> dict:
     return {step: value[name]["mean"] for step, value in steps.items()}
 
 
-def plot(results, path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def plot(plt, results):
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     titles = {
         "pair_logratio_chosen": "held-out chosen: log-likelihood, change in nats",
@@ -64,7 +60,7 @@ def plot(results, path) -> None:
         axis.title.set_fontsize(10)
     axes[0].axhline(0, color="0.6", lw=0.8)
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main() -> None:
@@ -100,10 +96,7 @@ def main() -> None:
     for label, row in results.items():
         cells = ["{:.2f} ± {:.2f}".format(*interval([r["end"][c]["mean"] for r in row["runs"]])) for c in COLUMNS]
         print(f"| {label} | {row['setting'][1]} | {row['setting'][2]} | " + " | ".join(cells) + " |")
-    try:
-        plot(results, args.output_dir / "preference.png")
-    except ImportError:
-        print("no plot: pip install matplotlib", file=sys.stderr)
+    write_plot(args.output_dir / "preference.json", lambda plt: plot(plt, results))
 
 
 if __name__ == "__main__":

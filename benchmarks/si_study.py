@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import make_parser, run_script, run_training, side_by_side  # noqa: E402
+from commands import write_plot  # noqa: E402
 from tiny import STYLES  # noqa: E402
 
 
@@ -119,12 +120,7 @@ def correlation(predictor, runs, resamples=2000) -> tuple[float, float, float]:
     return rho, found[int(0.025 * resamples)], found[int(0.975 * resamples)]
 
 
-def plot(predictors, runs, chosen, path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def plot(plt, predictors, runs, chosen):
     outcomes = {"accuracy": "accuracy", "format": "format", "reward_std": "reward, std of the last half",
                 "falls": "share of steps that lower the reward"}
     figure, axes = plt.subplots(2, 4, figsize=(14, 6.4), layout="constrained", sharey="col")
@@ -139,7 +135,7 @@ def plot(predictors, runs, chosen, path) -> None:
     for axis, title in zip(axes[0], outcomes.values(), strict=True):
         axis.set_title(title, fontsize=10)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main() -> None:
@@ -191,10 +187,7 @@ def main() -> None:
         cells = [f"{p[name]:.2f}" for p in predictors.values()]
         cells += [f"{mean('ENIGMA', name, outcome):.2f}" for outcome in ("accuracy", "format")]
         print(f"| {name} | {' | '.join(cells)} |")
-    try:
-        plot(predictors, runs, chosen, args.output_dir / "si_study.png")
-    except ImportError:
-        print("no plot: pip install matplotlib", file=sys.stderr)
+    write_plot(args.output_dir / "si_study.json", lambda plt: plot(plt, predictors, runs, chosen), dpi=110)
 
 
 if __name__ == "__main__":
