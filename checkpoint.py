@@ -1,35 +1,42 @@
 """Checkpoints: written whole or not at all, read only when intact, and never run as code.
 
-    RUN/checkpoints/step_N/        the run after N steps; it has this name only once all of it is on the disk
-        model.safetensors          the weights that are trained
-        optimizer.safetensors      the optimiser's state of each: "exp_avg.<weight>", "exp_avg_sq.<weight>" …
-        state.json                 the step, the settings, the evaluations so far, the length of each log, random states
-        SHA256SUMS                 of these three (`sha256sum -c SHA256SUMS` checks them too)
+    RUN/checkpoints/step_N/     the run after N steps; named so once all of it is on the disk
+        model.safetensors       the weights that are trained
+        optimizer.safetensors   the optimiser's state of each: "exp_avg.<weight>", ...
+        state.json              step, settings, evaluations so far, lengths of the logs, random states
+        SHA256SUMS              of these three (`sha256sum -c SHA256SUMS` checks them too)
 
-What is not in it follows from what is. The questions, principles and random numbers of a step are functions of the seed
-and the step, so the position in the data is the step; the learning rate is a function of the settings and the step. The
-reference is the model as it was loaded, and can be loaded again: a second copy would make a checkpoint a third larger.
-Its checksum is kept instead, and a run whose model has another one since is refused.
+What can be derived is not stored. The questions, principles and random numbers of a step are
+functions of the seed and the step, the learning rate of the settings and the step. The reference
+is the model as it was loaded: its checksum is stored instead of a copy, and a run whose model has
+changed since is refused.
+
+At the end of the file: writing numbers and plots.
 """
 
 import contextlib
+import datetime
 import hashlib
 import json
 import os
 import random
 import re
 import shutil
+import sys
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data import InputError
+import parallel
+from data import InputError, prompt_fingerprint, write_aside
+from settings import flag
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-LOGS = ("metrics.jsonl", "samples.jsonl")  # of the run: cut to their length at the checkpoint when it is resumed
+LOGS = ("metrics.jsonl", "samples.jsonl")  # of the run; resuming cuts them back to the checkpoint
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -38,9 +45,9 @@ LOGS = ("metrics.jsonl", "samples.jsonl")  # of the run: cut to their length at 
 
 @contextlib.contextmanager
 def written_whole(path: Path):
-    """A new directory to fill, which is called `path` once the block has ended and all of it is on the disk.
+    """A new directory to fill; once the block ends and all is on the disk, it is renamed to `path`.
 
-    After a kill or an error there is the `path` that was there before, or none.
+    After a kill or an error, `path` is what was there before, or missing.
     """
     aside = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)  # what a kill left
@@ -58,7 +65,7 @@ def written_whole(path: Path):
 
 
 def remove(path: Path) -> None:
-    """Renamed first: a kill leaves no half of a directory under its name."""
+    """Delete a directory. It is renamed first: a kill leaves no half of it under its name."""
     gone = path.with_name(f".{path.name}.tmp-old")
     shutil.rmtree(gone, ignore_errors=True)
     if path.exists():
@@ -67,29 +74,37 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Wait until a file, or a directory's list of names, is on the disk."""
+    if path.is_file():
+        with path.open("rb+") as file:  # Windows syncs only what is open for writing
+            os.fsync(file.fileno())
+        return
+    with contextlib.suppress(PermissionError):  # and opens no directory
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save(directory: Path, model, optimizer, state: dict, limit: int | None = None) -> Path:
-    """Write directory/step_N, N = state["step"], then remove the oldest beyond `limit`. OSError: the disk is full."""
+    """Write directory/step_N for N = state["step"], then remove the oldest beyond `limit`."""
     run_dir, path = directory.parent, directory / f"step_{state['step']}"
+    weights = {name: w.detach().contiguous() for name, w in model.named_parameters() if w.requires_grad}
     names = {weight: name for name, weight in model.named_parameters()}
-    moments = {f"{key}.{names[w]}": value for w, of in optimizer.state.items() for key, value in of.items()}
+    moments = {
+        f"{kind}.{names[weight]}": value.contiguous()
+        for weight, values in optimizer.state.items() for kind, value in values.items()
+    }
     logs = [run_dir / name for name in LOGS if (run_dir / name).exists()]
     for file in (run_dir / "config.json", *logs):
         sync(file)
     state = {**state, "logs": {log.name: log.stat().st_size for log in logs}, "random": random_states()}
     with written_whole(path) as aside:
         try:
-            save_file({name: weight.detach().contiguous() for name, weight in model.named_parameters()
-                       if weight.requires_grad}, aside / "model.safetensors")
-            save_file({name: value.contiguous() for name, value in moments.items()}, aside / "optimizer.safetensors")
-        except SafetensorError as error:  # what the library makes of an OSError
+            save_file(weights, aside / "model.safetensors")
+            save_file(moments, aside / "optimizer.safetensors")
+        except SafetensorError as error:  # how the library reports an OSError
             raise OSError(f"{path}: {error}") from None
         (aside / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
         sums = [f"{sha256(aside / name)}  {name}\n" for name in FILES]
@@ -100,7 +115,7 @@ def save(directory: Path, model, optimizer, state: dict, limit: int | None = Non
 
 
 def random_states() -> dict:
-    """Python's and torch's. Nothing in the loop draws from them, but a change of it may."""
+    """Python's and torch's, for a changed loop: the one in train.py draws nothing from them."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"python": random.getstate(), "torch": [bytes(s.tolist()).hex() for s in (torch.get_rng_state(), *cuda)]}
 
@@ -111,7 +126,7 @@ def sha256(path) -> str:
 
 
 def weights_sha256(model) -> str:
-    """Of every weight and its name."""
+    """A checksum of all weights and their names."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
@@ -124,7 +139,7 @@ def weights_sha256(model) -> str:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Those of a run, the oldest first."""
+    """The checkpoints of a run, the oldest first."""
     found = [path for path in (run_dir / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
@@ -136,7 +151,7 @@ def how_to_resume(run_dir: Path) -> str:
 
 
 def find(name: str) -> tuple[Path, Path]:
-    """(run, checkpoint) that `--resume name` means: a run's newest, a checkpoint itself, or the newest under runs/."""
+    """(run, checkpoint) of `--resume name`: a run, a checkpoint of one, or latest, in runs/."""
     path = Path(name)
     if name == "latest":
         newest = [found[-1] for run in Path("runs").glob("*") if (found := checkpoints(run))]
@@ -149,17 +164,15 @@ def find(name: str) -> tuple[Path, Path]:
         raise InputError(f"--resume: {name} is not a run; a run's directory, a checkpoint in it, or latest is accepted")
     if (run_dir / "final").exists():
         raise InputError(f"--resume: {run_dir} is finished, see {run_dir}/final; an unfinished run is accepted")
-    if run_dir == path:
-        if not checkpoints(run_dir):
-            raise InputError(f"--resume: {run_dir} has no complete checkpoint; a run that has one is accepted "
-                             "(--save-steps writes them), and this one has to start again")
-        path = checkpoints(run_dir)[-1]
-    return run_dir, path
+    if run_dir == path and not checkpoints(run_dir):
+        raise InputError(f"--resume: {run_dir} has no complete checkpoint; a run that has one is accepted "
+                         "(--save-steps writes them), and this one has to start again")
+    return run_dir, checkpoints(run_dir)[-1] if run_dir == path else path
 
 
 @contextlib.contextmanager
 def _refused(path: Path):
-    """InputError with the way out, for whatever reading a damaged or foreign file of a checkpoint raises."""
+    """InputError, with a way out, for what reading a damaged or foreign file raises."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -170,16 +183,14 @@ def _refused(path: Path):
 
 
 def read_state(path: Path) -> dict:
-    """state.json of a checkpoint; raises InputError with the name of the first file that is not as it was written."""
+    """state.json of a checkpoint. Raises InputError for the first file that is not as written."""
     for name in ("SHA256SUMS", *FILES):
         with _refused(path / name):
-            if not (path / name).is_file():  # nor a pipe, which reading would wait for
+            if not (path / name).is_file():  # reading a pipe would wait
                 raise ValueError("missing")
-    with _refused(path / "SHA256SUMS"):
-        sums = (path / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
-    for name in FILES:
-        with _refused(path / name):
-            if f"{sha256(path / name)}  {name}" not in sums:
+            if name == "SHA256SUMS":
+                sums = (path / name).read_text(encoding="utf-8").splitlines()
+            elif f"{sha256(path / name)}  {name}" not in sums:
                 raise ValueError("damaged, its checksum is not that in SHA256SUMS")
     with _refused(path / "state.json"):
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -189,7 +200,10 @@ def read_state(path: Path) -> dict:
 
 
 def load(path: Path, model, optimizer, state: dict) -> None:
-    """Weights, optimiser and random states of a checkpoint that `read_state` has found intact. Raises InputError."""
+    """Load weights, optimiser and random states of a checkpoint. Raises InputError.
+
+    `state` is from `read_state`, which has found the files intact.
+    """
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     with _refused(path / "model.safetensors"):
         stored = load_file(path / "model.safetensors")
@@ -206,8 +220,7 @@ def load(path: Path, model, optimizer, state: dict) -> None:
             if value.ndim:  # all but the step count
                 _check_like(key, value, weights[name])
             moments[index[weights[name]]][kind] = value
-        # The groups hold rates and the like: those of the settings, which may have been changed on purpose.
-        groups = optimizer.state_dict()["param_groups"]
+        groups = optimizer.state_dict()["param_groups"]  # the rates are those of the present settings
         optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
     with _refused(path / "state.json"):
         version, numbers, gauss = state["random"]["python"]
@@ -224,7 +237,7 @@ def _check_like(name: str, stored, weight) -> None:
 
 
 def rewind(run_dir: Path, state: dict) -> None:
-    """Drop what a run wrote after a checkpoint: later checkpoints, then the lines of its logs. Raises InputError."""
+    """Drop what a run wrote after a checkpoint. Raises InputError if its logs have lost lines."""
     for name, size in state["logs"].items():
         if not (run_dir / name).exists() or (run_dir / name).stat().st_size < size:
             raise InputError(f"{run_dir / name}: has lost lines since the checkpoint, which knows {size} bytes of it; "
@@ -237,3 +250,136 @@ def rewind(run_dir: Path, state: dict) -> None:
     for name in LOGS:
         if (run_dir / name).exists():
             os.truncate(run_dir / name, state["logs"].get(name, 0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Going on with a run
+
+
+def start_state(config, model, tokenizer) -> dict:
+    """The state of a run before its first step; its checksums are what resuming compares with."""
+    return {
+        "step": 0,
+        "settings": fingerprint(config),
+        "start_sha256": weights_sha256(model),
+        "prompt_sha256": prompt_fingerprint(tokenizer, model.generation_config, config.form),
+        "evals": {"start": None, "steps": {}},
+    }
+
+
+def fingerprint(config) -> dict:
+    """The settings that the rest of a run depends on; of a file, its checksum too."""
+    settings = asdict(config)
+    for name in ("output_dir", "save_steps", "save_total_limit", "resume"):
+        del settings[name]
+    for name in ("principles", "preferences", "dataset", "examples"):
+        if settings[name] and os.path.isfile(settings[name]):
+            settings[name] += f" (sha256 {sha256(settings[name])})"
+    return settings
+
+
+def resume_config(kind: type, given: dict):
+    """The settings, a `kind`, of the run that --resume names, with `given`, today's flags, on top.
+
+    Raises InputError where a setting, or the content of a file, is not what it was at the
+    checkpoint, unless its flag is given now: then the change is meant.
+    """
+    run_dir, path = find(given["resume"])
+    if "output_dir" in given:
+        raise InputError("--output-dir: not accepted with --resume; a run goes on in its own directory")
+    state = read_state(path)
+    try:
+        stored = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+        unknown = ", ".join(sorted(set(stored["settings"]) - set(kind.__dataclass_fields__)))
+        meant = [past["changed"] for past in stored.get("resumed", []) if past["step"] == state["step"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{run_dir}/config.json: damaged ({error}); expected the file as the run wrote it") from None
+    if unknown:
+        raise InputError(f"{run_dir}/config.json: has settings that this version does not know ({unknown}); the "
+                         f"version that wrote it, commit {stored.get('git_commit')}, can go on with it")
+    config = kind(**{**stored["settings"], **given, "output_dir": str(run_dir), "resume": str(path)})
+    for name, now in fingerprint(config).items():
+        accepted = [values[name] for values in (state["settings"], *meant) if name in values]
+        if name not in given and accepted and now not in accepted:
+            raise InputError(f"{flag(name)}: was {accepted[0]} at {path} and is {now} now; give {flag(name)} again to "
+                             "mean a change")
+    return config
+
+
+def resume(run_dir, config, model, optimizer, schedule, state: dict) -> None:
+    """Restore everything from the checkpoint config.resume, and record which settings have changed.
+
+    state: that of `start_state`; its step and evaluations become those of the checkpoint.
+    """
+    path = Path(config.resume)
+    stored = read_state(path)
+    if stored["start_sha256"] != state["start_sha256"]:
+        raise InputError(f"--model: {config.model} has other weights than the model that {run_dir} started from, which "
+                         "is its reference; that model is accepted")
+    if stored.get("prompt_sha256", state["prompt_sha256"]) != state["prompt_sha256"]:
+        raise InputError(f"--model: {config.model} has another chat template, tokenizer or end token than when "
+                         f"{run_dir} started; the folder as it was is accepted")
+    load(path, model, optimizer, stored)
+    parallel.gather(None)  # all have read
+    if parallel.rank() == 0:
+        rewind(run_dir, stored)
+    if step := stored["step"]:
+        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step - 1, "_step_count": step + 1})
+        schedule.step()  # sets the learning rate of the next step
+    changed = {name: now for name, now in state["settings"].items() if stored["settings"].get(name, now) != now}
+    record = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    record["settings"] = {**asdict(config), "resume": None}
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    record.setdefault("resumed", []).append({"step": step, "time": now, "changed": changed})
+    write_json(run_dir / "config.json", record)
+    state |= {"step": step, "evals": stored["evals"]}
+    changes = [f"; {flag(name)} was {stored['settings'][name]}, is {now} now" for name, now in changed.items()]
+    print(f"{run_dir}: going on after step {step} of {config.max_steps}{''.join(changes)}", flush=True)
+
+
+def write_json(path: Path, value) -> None:
+    """A .json file of the run, never seen half written. Here and below process 0 alone writes."""
+    if parallel.rank() == 0:
+        write_numbers(path, value)
+
+
+def append_json(path: Path, value) -> None:
+    """Add a line to a .jsonl file."""
+    if parallel.rank() == 0:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers and plots
+
+
+def write_numbers(path, value) -> None:
+    """`value` as a .json file; NaN and infinities, which JSON does not have, become null."""
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_plot(path, draw, dpi: int = 120) -> Path | None:
+    """Write the figure that draw(pyplot) returns as `path`, ending in .png; returns that path.
+
+    A plot is optional: call this once the results are on the disk. Whatever goes wrong (matplotlib
+    is missing, its settings ask for LaTeX) is one line on stderr, and None is returned.
+    """
+    path = Path(path).with_suffix(".png")
+    try:
+        import matplotlib  # here: it is optional, and slow to import
+
+        matplotlib.use("Agg")  # draws into files
+        from matplotlib import pyplot
+
+        figure = draw(pyplot)
+        write_aside(path, lambda aside: figure.savefig(aside, dpi=dpi))
+        pyplot.close(figure)
+        return path
+    except ImportError:
+        reason = "pip install matplotlib"
+    except Exception as error:  # matplotlib runs other programs; what these raise is not documented
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    print(f"no plot: {reason}", file=sys.stderr)

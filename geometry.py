@@ -1,43 +1,28 @@
-"""python metrics.py geometry: what training did to the hidden states and to the next-token distribution.
+"""python geometry.py: what training did to the hidden states and to the next-token distribution.
 
-    python metrics.py geometry --base tiny --trained runs/<time>/final --principles FILE
+    python geometry.py --base tiny --trained runs/<time>/final --principles FILE
 
-The trained model writes completions; both models read them, and are compared layer by layer at the same tokens: by the
-drift of the hidden states (Sinkhorn divergence, Bures-Wasserstein, CKA, mean shift), by where the drift lies (in the
-span of the principles' directions or beside it), and by next-token distributions (Fisher-Rao, KL).
+The trained model writes completions; both models read them, and are compared layer by layer at the
+same tokens: by the drift of the hidden states (Sinkhorn divergence, Bures-Wasserstein, CKA, mean
+shift), by where the drift lies (in the span of the principles' directions or beside it), and by
+next-token distributions (Fisher-Rao, KL).
 """
 
+import math
 import random
+import sys
 from dataclasses import asdict, dataclass, field
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from commands import (
-    cell,
-    check_numbers,
-    check_written,
-    context_limit,
-    interval,
-    load_named,
-    pick_questions,
-    write_numbers,
-    write_plot,
-)
-from data import DatasetConfig, InputError, build_messages, check_flags, encode_prompts, load_principles, option
-from metrics import (
-    between_to_within,
-    bures_wasserstein,
-    centred,
-    effective_rank,
-    fisher_rao,
-    linear_cka,
-    mean_angle,
-    principle_means,
-    share_in_span,
-)
+import metrics
+from checkpoint import write_numbers, write_plot
+from data import InputError, load_principles
 from policy import block_side, head
-from si import sample_chains
+from settings import MAX_SEED, DatasetConfig, check_bounds, option
+from si import cell, check_written_files, context_limit, load_named, pick_questions, run_command, sample_chains
 from sinkhorn import relative_eps, sinkhorn_divergence
 
 CLOUD = 512  # points of a Sinkhorn divergence
@@ -46,30 +31,33 @@ HIDDEN_ROWS = 2**26  # elements of the hidden states of all layers that one forw
 
 @dataclass
 class GeometryConfig(DatasetConfig):
-    """What training did to the hidden states and to the next-token distribution, on the same tokens."""
+    """What training did to the hidden states and next-token distributions, on the same tokens."""
 
     base: str = field(metadata={"help": "the model before: tiny (the embedded one), a folder, or a hub id"})
     trained: str = field(metadata={"help": "the model after, of the same shape; it writes the completions"})
     principles: str = field(metadata={"help": "file of principles: .txt (one a line) or .jsonl"})
-    num_questions: int = option(32, "questions, each under every principle; all of --dataset where it has fewer")
-    num_tokens: int = option(2048, "positions in completions that are compared, drawn from all")
+    num_questions: int = option(
+        32, "questions, each under every principle; all of --dataset where it has fewer", at_least=1
+    )
+    num_tokens: int = option(2048, "positions in completions that are compared, drawn from all", at_least=2)
     json: str | None = option(None, "file of all numbers; the plot over layers goes beside it, as .png")
-    max_completion_length: int = option(64, "tokens; longer completions are cut")
-    seed: int = option(0, "of everything random")
+    max_completion_length: int = option(64, "tokens; longer completions are cut", at_least=1)
+    seed: int = option(0, "of everything random", at_least=0, at_most=MAX_SEED)
+    temperature = 1.0  # of sampling; no flag
+    model = property(lambda self: self.base)  # whose prompts these are
 
     def check(self) -> None:
-        """Raises InputError for the first value that cannot be."""
-        check_flags(self)
-        check_numbers(self, num_questions=1, num_tokens=2, max_completion_length=1, seed=0)
-        check_written(self, json=".json")
+        """Raises InputError for the first value that cannot be used."""
+        check_bounds(self)
+        check_written_files(self, json=".json")
 
 
 @torch.no_grad()
 def layer_states(model, prompts, completions, picked):
-    """Hidden states [L + 1, n, d] of every layer (0: the embeddings; the last: after the norm) at picked positions.
+    """Hidden states [L + 1, n, d] of all layers at n positions; 0: embeddings, L: after the norm.
 
-    prompts and completions: R lists of token ids; picked: n pairs (row, t), sorted, for the position that predicts
-    token t of that row's completion. The plain forward, a few rows at a time; the result is on the CPU.
+    prompts and completions: R lists of token ids; picked: n pairs (row, t), sorted, some of every
+    row: the position that predicts token t of that row's completion. The result is on the CPU.
     """
     rows = [p + c[:-1] for p, c in zip(prompts, completions)]
     longest = max(map(len, rows))
@@ -78,100 +66,119 @@ def layer_states(model, prompts, completions, picked):
     parts = []
     for start in range(0, len(rows), size):
         block = [torch.tensor(row) for row in rows[start : start + size]]
-        ids = torch.nn.utils.rnn.pad_sequence(block, batch_first=True).to(model.device)  # [r, L] padded on the right:
-        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in block])[:, None]  # no token sees it
-        hidden = model.get_decoder()(
-            input_ids=ids, attention_mask=mask.long().to(ids.device), output_hidden_states=True
-        ).hidden_states  # L + 1 of [r, L, d]
+        ids = pad_sequence(block, batch_first=True).to(model.device)  # [r, T] padded on the right, where no token looks
+        mask = pad_sequence([torch.ones_like(row) for row in block], batch_first=True).to(ids.device)  # [r, T]
+        out = model.get_decoder()(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         here = [(r - start, len(prompts[r]) - 1 + t) for r, t in picked if start <= r < start + size]
-        if here:
-            row, position = torch.tensor(here, device=ids.device).T  # [n'], [n']
-            parts.append(torch.stack([h[row, position] for h in hidden]).float().cpu())  # [L + 1, n', d]
+        row, position = torch.tensor(here, device=ids.device).T  # [n'], [n']
+        states = torch.stack([layer[row, position] for layer in out.hidden_states])  # [L + 1, n', d]
+        parts.append(states.float().cpu())
     return torch.cat(parts, 1)  # [L + 1, n, d]
 
 
 def compare_layer(base, trained, labels, num: int) -> dict:
-    """The figures of one layer: base and trained [n, d], the same tokens; labels [n], the principle of each."""
+    """The figures of a layer: base and trained [n, d], the same tokens; labels [n], principles."""
     ends = labels.new_tensor(range(0, len(base), max(1, len(base) // CLOUD)))[:CLOUD]  # spread over all rows
     x, y = base[ends].double(), trained[ends].double()  # [m, d] float64: the divergence is often a small difference
     divergence, info = sinkhorn_divergence(x, y, relative_eps(x, y, 0.1))
     drift = trained.double() - base.double()  # [n, d]
-    directions = [centred(principle_means(states, labels, num)) for states in (base, trained)]  # [K, d] each
-    share, rank = share_in_span(drift, directions[0])
+    means = [metrics.principle_means(states, labels, num) for states in (base, trained)]  # [K, d] each
+    directions = [metrics.centred(m) for m in means]  # [K, d] each
+    share, rank = metrics.share_in_span(drift, directions[0])
     row = {
-        "scale": centred(base).square().sum(-1).mean().sqrt(),
+        "scale": metrics.centred(base).square().sum(-1).mean().sqrt(),
         "sinkhorn": divergence, "sinkhorn_error": info.marginal_error,
-        "bures_wasserstein": bures_wasserstein(base, trained),
-        "linear_cka": linear_cka(base, trained),
-        "rank_before": effective_rank(base), "rank_after": effective_rank(trained),
+        "bures_wasserstein": metrics.bures_wasserstein(base, trained),
+        "linear_cka": metrics.linear_cka(base, trained, debiased=True) if len(base) > 3 else math.nan,
+        "rank_before": metrics.effective_rank(base), "rank_after": metrics.effective_rank(trained),
         "mean_shift": drift.mean(0).norm(),
         "drift_in_span": share, "random_span": rank / base.shape[1],
-        "angle_before": mean_angle(directions[0]), "angle_after": mean_angle(directions[1]),
-        "between_within_before": between_to_within(base, labels, num),
-        "between_within_after": between_to_within(trained, labels, num),
+        "angle_before": metrics.mean_angle(directions[0]), "angle_after": metrics.mean_angle(directions[1]),
+        "between_within_before": metrics.between_to_within(base, labels, num),
+        "between_within_after": metrics.between_to_within(trained, labels, num),
     }
     return {name: float(value) for name, value in row.items()}
 
 
 @torch.no_grad()
 def compare_outputs(models, hidden, hidden_elsewhere) -> dict:
-    """Distances [n] between next-token distributions, from last hidden states [n, d] of (base, trained).
+    """Distances [n] of next-token distributions, from last hidden states [n, d] of (base, trained).
 
     `hidden_elsewhere` are those of the same tokens after the prompt of another principle.
     """
-    size = max(1, block_side(models[0].device) ** 2 // len(models[0].get_output_embeddings().weight))
-    values = {"fisher_rao": [], "kl": [], "principle_before": [], "principle_after": []}
+    size = max(1, block_side(models[0].device) ** 2 // len(models[0].get_output_embeddings().weight))  # positions
+    parts = []
     for start in range(0, len(hidden[0]), size):
         part = slice(start, start + size)
         base, trained = (head(m, h[part].to(m.device)) for m, h in zip(models, hidden))  # [c, V] both
-        elsewhere = [head(m, h[part].to(m.device)) for m, h in zip(models, hidden_elsewhere)]  # [c, V] both
-        values["fisher_rao"].append(fisher_rao(base, trained))
-        logp, logq = trained.log_softmax(-1), base.log_softmax(-1)  # [c, V]
-        values["kl"].append((logp.exp() * (logp - logq)).sum(-1))
-        values["principle_before"].append(fisher_rao(base, elsewhere[0]))
-        values["principle_after"].append(fisher_rao(trained, elsewhere[1]))
-    return {name: torch.cat(parts).cpu() for name, parts in values.items()}  # [n] each
+        base_other, trained_other = (head(m, h[part].to(m.device)) for m, h in zip(models, hidden_elsewhere))  # [c, V]
+        logp, logq = trained.log_softmax(-1), base.log_softmax(-1)  # [c, V] both
+        distances = (
+            metrics.fisher_rao(base, trained), (logp.exp() * (logp - logq)).sum(-1),
+            metrics.fisher_rao(base, base_other), metrics.fisher_rao(trained, trained_other),
+        )
+        parts.append(torch.stack(distances).cpu())  # [4, c]
+    return dict(zip(("fisher_rao", "kl", "principle_before", "principle_after"), torch.cat(parts, 1)))  # [n] each
 
 
-def run_geometry(config: GeometryConfig) -> None:
-    principles, questions = load_principles(config.principles), pick_questions(config)
+def load_pair(config, pairs):
+    """(base, trained, tokenizer, prompts); raises InputError where the models do not match."""
     (base, tokenizer), (trained, other) = load_named("--base", config.base), load_named("--trained", config.trained)
     limit = context_limit(trained, config.max_completion_length)
-    talks = [build_messages(q.text, p.text) for q in questions for p in principles]
-    prompts = encode_prompts(tokenizer, talks, limit)
+    prompts = config.form.encode(tokenizer, pairs, limit)
     shapes = [[tuple(p.shape) for p in model.parameters()] for model in (base, trained)]
-    if shapes[0] != shapes[1] or prompts != encode_prompts(other, talks, limit):
-        raise InputError(f"--trained: {config.trained} has another shape or tokenizer than {config.base}; "
-                         "a model that was trained from --base is accepted")
+    if shapes[0] != shapes[1] or prompts != config.form.encode(other, pairs, limit):
+        raise InputError(
+            f"--trained: {config.trained} has another shape or tokenizer than {config.base}; a model that was trained "
+            "from --base is accepted"
+        )
+    return base, trained, tokenizer, prompts
+
+
+def compare_models(config, principles, questions) -> dict:
+    """All numbers of the report."""
+    pairs = [(q.text, p.text) for q in questions for p in principles]
+    base, trained, tokenizer, prompts = load_pair(config, pairs)
     num, rng = len(principles), random.Random(f"{config.seed} geometry")
     print(f"{len(questions)} questions x {num} principles: {len(prompts)} completions to sample from {config.trained}; "
           "each goes through both models twice, under its own principle and under another", flush=True)
-    chains = sample_chains(trained, tokenizer, [prompts], config.max_completion_length, 1.0, config.seed)[0]
-    completions = [chain.whole for chain in chains]
-    each = max(1, config.num_tokens // len(prompts))  # positions of one completion
-    picked = [(r, t) for r, c in enumerate(completions) for t in sorted(rng.sample(range(len(c)), min(each, len(c))))]
+    completions = [chain.whole for chain in sample_chains(trained, tokenizer, [prompts], config)[0]]
+    most = max(1, config.num_tokens // len(prompts))  # positions of one completion
+    picked = [(r, t) for r, c in enumerate(completions) for t in sorted(rng.sample(range(len(c)), min(most, len(c))))]
     elsewhere = [prompts[r - r % num + (r + rng.randrange(1, num)) % num] for r in range(len(prompts))]
-    labels = torch.tensor([r % num for r, _ in picked])  # [n] the principle
-    owners = torch.tensor([r // num for r, _ in picked])  # [n] the question
+    owners, labels = torch.tensor([divmod(r, num) for r, _ in picked]).T  # [n] the question, [n] the principle
 
     models, hidden, hidden_elsewhere = (base, trained), [], []
     for model in tqdm(models, desc="hidden states", dynamic_ncols=True):
         hidden.append(layer_states(model, prompts, completions, picked))  # [L + 1, n, d]
         hidden_elsewhere.append(layer_states(model, elsewhere, completions, picked)[-1])  # [n, d]
+    counts = torch.bincount(owners, minlength=len(questions))  # [Q]
     pairs = tqdm(list(zip(*hidden)), desc="layers", dynamic_ncols=True)
     layers = [compare_layer(x, y, labels, num) for x, y in pairs]
-    outputs = compare_outputs(models, [h[-1] for h in hidden], hidden_elsewhere)
-    by_question = {  # [Q] each: a question is what the bootstrap draws
-        name: torch.zeros(len(questions)).index_add_(0, owners, v) / torch.bincount(owners, minlength=len(questions))
-        for name, v in outputs.items()
+    outputs = {}
+    for name, values in compare_outputs(models, [h[-1] for h in hidden], hidden_elsewhere).items():
+        by_question = torch.zeros(len(questions)).index_add_(0, owners, values) / counts  # [Q] bootstrap: by question
+        outputs[name] = metrics.interval(by_question)
+    return {
+        "questions": len(questions), "principles": num, "completions": len(prompts), "tokens": len(picked),
+        "cloud": min(CLOUD, len(picked)), "layers": layers, "outputs": outputs,
     }
-    summary = {"questions": len(questions), "principles": num, "completions": len(prompts), "tokens": len(picked),
-               "cloud": min(CLOUD, len(picked)), "layers": layers,
-               "outputs": {name: interval(v) for name, v in by_question.items()}}
-    print_geometry(summary, config)
+
+
+def run_geometry(config: GeometryConfig) -> None:
+    """Everything that `python geometry.py` does: the file first, then the report, then the plot."""
+    summary = compare_models(config, load_principles(config.principles), pick_questions(config))
     if config.json:
         write_numbers(config.json, {"command": "geometry", "settings": asdict(config), **summary})
-        write_plot(config.json, lambda plt: _layer_plot(plt, summary))
+    print_geometry(summary, config)
+    if config.json:
+        print(f"{config.json}: all numbers")
+        if plot := write_plot(config.json, lambda plt: _layer_plot(plt, summary)):
+            print(f"{plot}: the plot")
+
+
+def main(argv=None) -> int:
+    return run_command(GeometryConfig, run_geometry, __doc__.partition("\n")[0], argv)
 
 
 GEOMETRY_COLUMNS = (  # title, key, key after training, format
@@ -190,36 +197,32 @@ GEOMETRY_COLUMNS = (  # title, key, key after training, format
 
 def print_geometry(summary: dict, config) -> None:
     """The report of a comparison, for people."""
-    print("\nlayer" + "".join(f"{title:>{_geometry_width(after)}}" for title, _, after, _ in GEOMETRY_COLUMNS))
+    print("\nlayer" + "".join(f"{title:>{17 if after else 11}}" for title, _, after, _ in GEOMETRY_COLUMNS))
     for index, row in enumerate(summary["layers"]):
-        cells = f"{index:5}"
+        line = f"{index:5}"
         for _, key, after, form in GEOMETRY_COLUMNS:
             text = f"{row[key]:{form}}"
             if after:
                 text += f" {'/' if after == 'random_span' else '→'} {row[after]:{form}}"
-            cells += f"{text:>{_geometry_width(after)}}"
-        print(cells)
+            line += f"{text:>{17 if after else 11}}"
+        print(line)
     print(
         "a → b: base → trained. layer 0: the embeddings. scale: root mean squared distance of the base's states\n"
         f"from their mean. Sinkhorn: eps 0.1 of the mean squared distance, {summary['cloud']} points, (error) of the\n"
         "marginals. drift in span: share of the squared drift in the span of the base's principle directions / in\n"
-        "a random subspace of that dimension. angle: between principle directions, degrees"
+        "a random subspace of that dimension. CKA: debiased, 0 by chance, 1 for equal geometry. angle: between\n"
+        "principle directions, degrees"
     )
-    told = {
-        "fisher_rao": "Fisher-Rao distance of next-token distributions, base to trained (at most pi)",
-        "kl": "KL(trained || base), nats per token",
-        "principle_before": "Fisher-Rao distance from one principle's prompt to another's, base",
-        "principle_after": "the same, trained",
-    }
     print()
-    for name, text in told.items():
+    for name, text in (
+        ("fisher_rao", "Fisher-Rao distance of next-token distributions, base to trained (at most pi)"),
+        ("kl", "KL(trained || base), nats per token"),
+        ("principle_before", "Fisher-Rao distance from one principle's prompt to another's, base"),
+        ("principle_after", "the same, trained"),
+    ):
         print(f"{cell(summary['outputs'][name], 3):24} {text}")
     print(f"\n{summary['completions']} completions of {config.trained} to {summary['questions']} questions under "
           f"{summary['principles']} principles, compared at {summary['tokens']} of their tokens, seed {config.seed}")
-
-
-def _geometry_width(after) -> int:
-    return 17 if after else 11
 
 
 def _layer_plot(plt, summary):
@@ -236,3 +239,8 @@ def _layer_plot(plt, summary):
         axis.set(title=title, xlabel="layer")
         axis.legend(fontsize=8)
     return figure
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows ASCII only
+    sys.exit(main())

@@ -2,33 +2,34 @@
 
 The equations, in this file's names (N sequences of at most T tokens, A = advantages):
 
-    advantages = rewards - mean(rewards)                           within a group; scale="std": / (std + 1e-4)
-    log_ratio  = logp - old_logp                                   level="token": one ratio per token
-    log_ratio  = sum_t(mask * (logp - old_logp)) / sum_t(mask)     level="sequence": one per sequence (GSPO)
+    advantages = rewards - mean(rewards)                 within a group; scale="std": / (std + 1e-4)
+    log_ratio  = logp - old_logp                         level="token": one per token
+    log_ratio  = mean_t(logp - old_logp)                 level="sequence": one per sequence (GSPO)
     ratio      = exp(log_ratio)
-    per_token  = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + beta * kl_k3(logp, ref_logp)
+    per_token  = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)
+                 + beta * kl_k3(logp, ref_logp)
     kl_k3      = exp(d) - d - 1,   d = ref_logp - logp
 
-    normalizer="sequence"   mean over sequences of sum_t(mask * per_token) / sum_t(mask)     TRL's "grpo"
-    normalizer="token"      sum(mask * per_token) / sum(mask)                                TRL's "bnpo"
-    normalizer="constant"   sum(mask * per_token) / (N * max_tokens)                         TRL's "dr_grpo"
+    normalizer="sequence"   mean over sequences of mean_t(per_token)                 TRL's "grpo"
+    normalizer="token"      sum(mask * per_token) / sum(mask)                        TRL's "bnpo"
+    normalizer="constant"   sum(mask * per_token) / (N * max_tokens)                 TRL's "dr_grpo"
 
-A sequence's one term stands at each of its tokens before normalising, so "token" and "constant" weigh a
-sequence by its length at either level. The gradient of ratio * A is A * ratio * (1/|y|) * sum_t grad logp_t:
-every token has an equal share. On-policy (ratio 1) a token ratio gives its token the same, so there the two
-levels have one gradient.
+mean_t is the mean over the tokens of a sequence that the mask selects. With level="sequence" a
+sequence's one term stands at each of its tokens before normalising, so "token" and "constant" weigh
+a sequence by its length at either level. On-policy both levels have one gradient.
 
-"The ratio is always 1": on the first pass after sampling logp equals old_logp; the gradient is not zero.
-"The loss is 0, is it broken?": no, on-policy it is -mean(A), and A sums to 0 within a group ("sequence").
-Watch the reward and the gradient norm: the gradient vanishes only where all rewards of a group are equal.
+"The ratio is always 1": on the first pass after sampling logp equals old_logp; the gradient is not
+zero. "The loss is 0, is it broken?": no, on-policy it is -mean(A), and A sums to 0 within a group
+("sequence"). Watch the reward and the gradient norm: the gradient vanishes only where all rewards
+of a group are equal.
 
 Sources: DeepSeekMath, arXiv 2402.03300, eq. 3 (GRPO); Dr. GRPO, arXiv 2503.20783 (no std, constant
 normaliser); GSPO, arXiv 2507.18071 (sequence ratio); Schulman, "Approximating KL Divergence" (k3).
-Deviations, our choice: the format reward; clip 0.1 on both sides, at both levels; log_ratio and d are cut at
-20: exp overflows to inf in float32 at 89, and inf * 0 is a NaN gradient. Past the cut the gradient is zero: a
-token e^20 times likelier than at sampling means a run that has broken, and stats["ratio_max"] shows it.
+Deviations, our choice: the format reward; clip 0.1 on both sides, at both levels; log_ratio and d
+are cut at 20, since exp overflows in float32 at 89, and inf * 0 is a NaN gradient. Past the cut the
+gradient is zero: a ratio of e^20 means a broken run, and stats["ratio_max"] shows it.
 
-To copy: needs torch only. `python -m doctest grpo.py` runs this example, one good and one bad completion:
+To copy: needs torch only. `python -m doctest grpo.py` runs this example of two completions:
 
     >>> texts = ["<reasoning>1 + 1</reasoning> <answer>2</answer>", "2"]
     >>> advantages = group_advantages(torch.tensor([format_reward(text) for text in texts]))
@@ -54,12 +55,12 @@ MAX_LOG_RATIO = 20.0
 
 
 def format_reward(text):
-    """1.0 if text is one non-empty <reasoning>…</reasoning>, then one non-empty <answer>…</answer>, else 0.0.
+    """1.0 for one <reasoning>…</reasoning>, then one <answer>…</answer>, neither empty; else 0.0.
 
-    text: str, decoded without special tokens (an end-of-sequence marker left in it costs the reward). White
-    space (what str.strip removes; a BOM is not) may stand before, between and after the two blocks. A block
-    may hold newlines and anything else, but needs a character that is not white space, and none of the four
-    tags may occur again. Tags are exact: with upper case, attributes or spaces they are plain text.
+    text: str, decoded without its end token, which would cost the reward. White space (what
+    str.strip removes; a BOM is not) may stand before, between and after the two blocks. A block may
+    hold anything but the four tags, and needs a character that is not white space. Tags are exact:
+    with upper case, attributes or spaces they are plain text.
 
     Linear time. Raises TypeError if text is not a str. Source: our choice.
     """
@@ -71,14 +72,14 @@ def format_reward(text):
 
 
 def group_advantages(rewards, scale="none"):
-    """Rewards minus their group's mean: [..., G] -> [..., G], in the reward's unit ("std": in none).
+    """Rewards minus their group's mean: [..., G] -> [..., G], in the rewards' unit ("std": none).
 
-    scale="none" is Dr. GRPO. scale="std" is DeepSeekMath: also divided by (std + 1e-4), with the unbiased
-    std (ddof 1) and TRL's 1e-4. A group whose rewards are all equal gets zeros, so it teaches nothing; with
-    "none" so does a group of one.
+    scale="none" is Dr. GRPO. scale="std" is DeepSeekMath: also divided by (std + 1e-4), with the
+    unbiased std (ddof 1) and TRL's 1e-4. A group of equal rewards, or of one, gets zeros.
 
-    Raises ValueError for rewards that are not floating point or not finite (or whose squares overflow, with
-    "std"), an empty group, an unknown scale, or scale="std" with G = 1, where no unbiased std exists.
+    Raises ValueError for rewards that are not floating point or not finite (or whose squares
+    overflow, with "std"), an empty group, an unknown scale, or scale="std" with G = 1, where there
+    is no std.
     """
     if scale not in ("none", "std"):
         raise ValueError(f'group_advantages: expected scale "none" or "std", got {scale!r}')
@@ -86,7 +87,7 @@ def group_advantages(rewards, scale="none"):
         raise ValueError(f"group_advantages: expected floating [..., G], G >= 1, got {_describe(rewards)}")
     if scale == "std" and rewards.shape[-1] == 1:
         raise ValueError('group_advantages: scale="std" expected G >= 2, got G = 1: one reward has no std')
-    shifted = rewards - rewards[..., :1]  # [..., G]  the mean of equal rewards, 1e6 say, is rounded; that of zeros not
+    shifted = rewards - rewards[..., :1]  # [..., G]  equal rewards become 0 exactly: their mean is not rounded
     advantages = shifted - shifted.mean(-1, keepdim=True)  # [..., G]
     spread = advantages if scale == "none" else shifted.std(-1, keepdim=True)  # [..., G] or [..., 1]
     if not spread.isfinite().all():
@@ -96,77 +97,76 @@ def group_advantages(rewards, scale="none"):
 
 
 def kl_k3(logp, ref_logp):
-    """Schulman's k3 estimate of KL(policy || reference): [...] and [...] -> [...], nats, never negative.
+    """Schulman's k3 estimate of KL(policy || reference), two [...] -> [...]: nats, never negative.
 
-    exp(d) - d - 1 with d = ref_logp - logp at the sampled tokens. Its value is unbiased where they come
-    from the policy. Its gradient (1 - exp(d) for logp, the samples held fixed) is then that of the other
-    direction, KL(reference || policy). Above 20 d counts as 20; at ref_logp = -inf the value is inf, the
-    gradient finite; NaN stays NaN. Half precision is computed in float32.
+    exp(d) - d - 1 with d = ref_logp - logp at the sampled tokens. Where they come from the policy
+    the value is unbiased. Its gradient for logp, 1 - exp(d) with the samples held fixed, is that of
+    the other direction, KL(reference || policy). Above 20 d counts as 20; at ref_logp = -inf the
+    value is inf, the gradient finite; NaN stays NaN. Half precision is computed in float32.
 
     Raises ValueError unless both are floating point and of one shape.
     """
-    _expect("kl_k3: logp", logp, logp.shape)
-    _expect("kl_k3: ref_logp", ref_logp, logp.shape)
+    _expect("kl_k3", logp.shape, logp=logp, ref_logp=ref_logp)
     d = (_upcast(ref_logp) - _upcast(logp)).clamp(max=MAX_LOG_RATIO)  # [...]
     return torch.expm1(d) - d  # [...]  expm1: near d = 0, exp(d) - d - 1 is all rounding, and goes negative
 
 
-def grpo_loss(logp, old_logp, advantages, mask, *, level="sequence", normalizer="sequence", clip_low=0.1,
-              clip_high=0.1, max_tokens=None, ref_logp=None, beta=0.0):
+def grpo_loss(
+    logp, old_logp, advantages, mask, *, level="sequence", normalizer="sequence", clip_low=0.1, clip_high=0.1,
+    max_tokens=None, ref_logp=None, beta=0.0,
+):
     """The clipped policy loss of the module docstring, and what to log of it: (loss, stats).
 
-    logp        [N, T]  log-probabilities (nats) of the sampled tokens under the policy, with gradient
+    logp        [N, T]  log-probabilities (nats) of the sampled tokens, with gradient
     old_logp    [N, T]  the same when they were sampled; a constant, detached here
     advantages  [N]     one per sequence; a constant, detached here
     mask        [N, T]  bool or 0/1: the tokens that count. Elsewhere anything may stand, even NaN
     level       "sequence" (GSPO) or "token" (DeepSeekMath): what one ratio covers
-    normalizer  "sequence", "token" or "constant"; the last needs max_tokens, which the others ignore
-    ref_logp    [N, T]  under the reference; needed if beta > 0, else only logged; a constant, detached here
+    normalizer  "sequence", "token" or "constant"; only the last needs max_tokens
+    ref_logp    [N, T]  under the reference; needed if beta > 0, else only logged; detached here
 
-    loss: 0-dim. A sequence with an empty mask adds zero, and is still one of the N. If all are empty the
-    loss is 0 with a zero gradient. "token" divides by the tokens of this call, so splitting a batch changes
-    it; the other two are means over sequences. logp = -inf, a token that the policy would not write any more,
-    is a ratio of 0, in value and gradient.
+    loss: 0-dim. A sequence with an empty mask adds zero, and is still one of the N. If all are
+    empty the loss is 0 with a zero gradient. "token" divides by the tokens of this call, so
+    splitting a batch changes it; the other two are means over sequences. At logp = -inf, a token
+    that the policy would never write now, the ratio is 0, in value and gradient.
 
-    stats: 0-dim, detached; means over the sequences or tokens (by level) that count, 0 where none does:
+    stats: 0-dim, detached; means over the sequences or tokens that count, 0 where none does:
         ratio_mean, ratio_max
-        clip_fraction  share where the clipped branch is chosen, so that the policy gradient is stopped
-        approx_kl      k3 for KL(old policy || policy), mean over tokens, nats per token
-        kl             k3 for KL(policy || reference), mean over tokens, nats per token; only with ref_logp
+        clip_fraction  share where the clipped branch is chosen: no policy gradient
+        approx_kl      k3 for KL(old policy || policy), nats per token
+        kl             k3 for KL(policy || reference), nats per token; only with ref_logp
     The last two are inf where a token is impossible under logp or ref_logp.
 
-    Half precision is computed in float32. Raises ValueError for other shapes, dtypes or options, N or T of 0,
-    clip_low outside [0, 1], clip_high or beta < 0, beta > 0 without ref_logp, "constant" without max_tokens, and
-    for a loss that is not finite: NaN at a token that counts, say, or ref_logp = -inf with beta > 0.
+    Half precision is computed in float32. Raises ValueError for other shapes, dtypes or options, N
+    or T of 0, beta > 0 without ref_logp, "constant" without max_tokens, and for a loss that is not
+    finite: NaN at a token that counts, or ref_logp = -inf with beta > 0.
     """
     _check_options(level, normalizer, clip_low, clip_high, max_tokens, ref_logp, beta)
     if logp.dim() != 2 or logp.numel() == 0:
         raise ValueError(f"grpo_loss: expected logp [N, T] with N, T >= 1, got {_describe(logp)}")
-    _expect("grpo_loss: logp", logp, logp.shape)
-    _expect("grpo_loss: old_logp", old_logp, logp.shape)
-    _expect("grpo_loss: advantages", advantages, logp.shape[:1])
-    _expect("grpo_loss: mask", mask, logp.shape, floating=False)
-    if ref_logp is not None:
-        _expect("grpo_loss: ref_logp", ref_logp, logp.shape)
+    _expect("grpo_loss", logp.shape, logp=logp, old_logp=old_logp, ref_logp=ref_logp)
+    _expect("grpo_loss", logp.shape[:1], advantages=advantages)
+    _expect("grpo_loss", logp.shape, floating=False, mask=mask)
 
-    # Zeros go in before any arithmetic: multiplying by the mask would keep the garbage (NaN * 0 is NaN).
+    # Zeros go in before any arithmetic: multiplied by the mask, NaN would stay NaN.
     mask = mask.bool()  # [N, T]
     logp = torch.where(mask, _upcast(logp), 0.0)  # [N, T]
     old_logp = torch.where(mask, _upcast(old_logp.detach()), 0.0)  # [N, T]
     advantages = _upcast(advantages.detach())[:, None]  # [N, 1]
     length = mask.sum(1, keepdim=True)  # [N, 1]
 
-    log_ratio, counts = logp - old_logp, mask  # [N, T]
+    # With t = T for level="token", t = 1 for "sequence":
+    log_ratio, counts = logp - old_logp, mask  # [N, t]
     if level == "sequence":  # GSPO: the length-normalised ratio
         log_ratio, counts = log_ratio.sum(1, keepdim=True) / length.clamp(min=1), length > 0  # [N, 1]
-    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()  # [N, T] or [N, 1]
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()  # [N, t]
 
     # -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)      DeepSeekMath eq. 3
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [N, T] or [N, 1]
-    per_token = -torch.minimum(ratio * advantages, clipped * advantages)  # [N, T] or [N, 1]
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [N, t]
+    per_token = -torch.minimum(ratio * advantages, clipped * advantages)  # [N, t]
 
-    too_high, too_low = ratio > 1 + clip_high, ratio < 1 - clip_low  # [N, T] or [N, 1]
-    stopped = (too_high & (advantages > 0)) | (too_low & (advantages < 0))  # [N, T] or [N, 1]
+    too_high, too_low = ratio > 1 + clip_high, ratio < 1 - clip_low  # [N, t]
+    stopped = (too_high & (advantages > 0)) | (too_low & (advantages < 0))  # [N, t]
     stats = {
         "ratio_mean": _masked_mean(ratio, counts),
         "ratio_max": torch.where(counts, ratio.detach(), 0.0).max(),
@@ -179,7 +179,7 @@ def grpo_loss(logp, old_logp, advantages, mask, *, level="sequence", normalizer=
         if beta > 0:  # not beta * kl at 0: an infinite kl would make it NaN
             per_token = per_token + beta * kl  # [N, T]
 
-    per_token = torch.where(mask, per_token, 0.0)  # [N, T]  one term per token at either level
+    per_token = torch.where(mask, per_token, 0.0)  # [N, T]  at either level
     if normalizer == "sequence":
         loss = (per_token.sum(1, keepdim=True) / length.clamp(min=1)).mean()  # []
     elif normalizer == "token":
@@ -187,8 +187,8 @@ def grpo_loss(logp, old_logp, advantages, mask, *, level="sequence", normalizer=
     else:
         loss = per_token.sum() / (len(per_token) * max_tokens)  # []
     if not loss.isfinite():  # NaN must not train on
-        raise ValueError("grpo_loss: expected finite log-probabilities and advantages where the mask is set, "
-                         f"got a loss of {loss.item()}")
+        expected = "expected finite log-probabilities and advantages where the mask is set"
+        raise ValueError(f"grpo_loss: {expected}, got a loss of {loss.item()}")
     return loss, stats
 
 
@@ -206,10 +206,11 @@ def _check_options(level, normalizer, clip_low, clip_high, max_tokens, ref_logp,
         raise ValueError(f"grpo_loss: expected beta >= 0, and ref_logp where beta > 0, got beta = {beta}")
 
 
-def _expect(name, tensor, shape, floating=True):
-    if tensor.shape != shape or (floating and not tensor.is_floating_point()):
-        kind = "floating point" if floating else "0/1"
-        raise ValueError(f"{name}: expected {kind} of shape {list(shape)}, got {_describe(tensor)}")
+def _expect(function, shape, floating=True, **tensors):
+    for name, tensor in tensors.items():
+        if tensor is not None and (tensor.shape != shape or (floating and not tensor.is_floating_point())):
+            kind, got = "floating point" if floating else "0/1", _describe(tensor)
+            raise ValueError(f"{function}: {name}: expected {kind} of shape {list(shape)}, got {got}")
 
 
 def _describe(tensor):

@@ -10,17 +10,17 @@ The equations, in this file's names (N pairs; prompt and chosen ~ p, prompt and 
     infopo_loss = mean(-f_chosen + exp(f_rejected - 1))     NWJ
     dpo_loss    = mean(-log sigmoid(margin))                InfoNCE with one negative
 
-Both bound KL(p || q), how far chosen and rejected can be told apart. Where the rejected are the chosen of
-other prompts, q = p(x) p(y), that is the mutual information I(x; y) of prompt and response.
-DPO: the chosen response is put at one of two places; which? InfoNCE's row loss with the critic f (its 1
-cancels) is -log sigmoid(margin): the Bradley-Terry assumption. For responses drawn independently
-log 2 - E[dpo_loss] <= KL(p || q), and never above log 2: a pair once told apart has nothing left to teach.
-InfoPO: E_p[f] - E_q[exp(f - 1)] <= KL(p || q) for every critic f, with no ceiling and no model of the choice.
+Both bound KL(p || q), how far chosen and rejected can be told apart. Where the rejected are the
+chosen of other prompts, q = p(x) p(y), that is the mutual information I(x; y) of prompt and
+response.
 
-The optimum. E[-infopo_loss] is the NWJ bound itself, the constant between them 0 (a loss written as
--reward_chosen + exp(reward_rejected) is this one + 1). It is 0 at the reference, where f = 1, and KL(p || q)
-at f* = 1 + log(p / q): pi = pi_ref * (p / q)^(1 / beta), if the policy can be that (it must sum to 1). With
-beta = 1 and the rejected drawn from pi_ref it can: pi = p.
+    E[-infopo_loss] <= KL(p || q)             for every critic; equal at f = 1 + log(p / q)
+    log 2 - E[dpo_loss] <= KL(p || q)         for responses drawn independently; never above log 2
+
+The DPO loss is InfoNCE's row loss with the critic f (its 1 cancels), which of two places holds the
+chosen response, and its softmax is the Bradley-Terry assumption; InfoPO has no model of the choice.
+InfoPO's optimum is pi = pi_ref * (p / q)^(1 / beta), if the policy can be that (it must sum to 1).
+With beta = 1 and the rejected drawn from pi_ref it can: pi = p. docs/theory.md has the derivations.
 
 The gradients, for one pair of the N:
 
@@ -28,28 +28,26 @@ The gradients, for one pair of the N:
     InfoPO    -beta                         beta * exp(reward_rejected)
     DPO       -beta * sigmoid(-margin)      beta * sigmoid(-margin)
 
-At the reference InfoPO's are DPO's, doubled; then they part. InfoPO pulls the chosen up whatever the rejected
-does, and that pull never vanishes behind the margin; it pushes the rejected hard where the policy has raised
-it and lets go as it falls. DPO sees only the difference, so both may fall together for free, and both of its
-gradients die with the margin. For InfoPO the chosen's fall always costs beta per nat, but nothing forbids it:
-through shared weights the push on the rejected can still drag the chosen down, above all early.
+At the reference InfoPO's are DPO's, doubled; then they part. InfoPO pulls the chosen up whatever
+the rejected does, and pushes the rejected hard where the policy has raised it. DPO sees the
+difference alone: both may fall together at no cost, and both gradients vanish with the margin.
 
-Overflow. Past reward_rejected = 20 exp goes on as its tangent, e^20 * (1 + reward - 20): value and gradient
-are continuous, with no inf at 89. Flat it must not be: nothing would push that response back. At the optimum
-E_q[exp(reward)] = 1, so at most e^-20 = 2e-9 of the rejected lie past the cut: the optimum hardly feels it.
-Out there the gradient is beta * e^20 (clip its norm), and -loss is too high to be a bound.
+Overflow. Past reward_rejected = 20 exp goes on as its tangent, e^20 * (1 + reward - 20): value and
+gradient are continuous, with no inf at 89, and such a response is still pushed back. At the optimum
+E_q[exp(reward)] = 1, so at most e^-20 = 2e-9 of the rejected lie past the cut. There the gradient
+is beta * e^20 (clip its norm), and -loss is too high to be a bound.
 
-Summed or per token (sequence_logp). Summed, a log-probability is the response's own, and the above is exact;
-but log-ratios grow with length, and exp of them has heavy tails. With length_normalized=True it is a mean:
-f is still a critic and NWJ still a bound, but the optimal pi is another, and rewards are about |y| times
-smaller, so beta wants to be larger. Use one kind for all four inputs.
+Summed or per token (sequence_logp). Summed, a log-probability is the response's own, and the above
+is exact; but log-ratios grow with length, and exp of them has heavy tails. With
+length_normalized=True it is a mean: NWJ is still a bound, but the optimal pi is another, and
+rewards are about |y| times smaller, so beta wants to be larger. Use one kind for all four inputs.
 
-Sources: InfoPO, arXiv 2505.08507 (we had only its abstract: the loss is our reading of it); DPO, arXiv
-2305.18290, eq. 7; NWJ: Nguyen, Wainwright, Jordan 2010, arXiv 0809.0853; Poole et al. 2019, arXiv 1905.06922.
-Deviations, our choice: the tangent past 20.
+Sources: InfoPO, arXiv 2505.08507 (its abstract; the loss is our reading of it); DPO, arXiv
+2305.18290, eq. 7; NWJ: Nguyen, Wainwright, Jordan 2010, arXiv 0809.0853; Poole et al. 2019, arXiv
+1905.06922. Deviations, our choice: the tangent past 20.
 
-To copy: needs torch only. `python -m doctest infopo.py` runs this example, a pair at the reference and one
-with margin 6. There InfoPO still pulls the chosen, and has let go of the rejected; DPO has let go of both.
+To copy: needs torch only. `python -m doctest infopo.py` runs this example, a pair at the reference
+and one with margin 6, where only InfoPO's pull on the chosen response is left:
 
     >>> ref_chosen, ref_rejected = torch.tensor([-10.0, -10.0]), torch.tensor([-12.0, -12.0])
     >>> chosen = torch.tensor([-10.0, -9.0], requires_grad=True)
@@ -74,28 +72,28 @@ MAX_REWARD = 20.0  # of a rejected response; past it, exp goes on as its tangent
 def infopo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1.0):
     """The NWJ loss of the module docstring, and what to log of it: (loss, stats).
 
-    policy_chosen, policy_rejected  [N]  log pi(y | x), nats, with gradient; sequence_logp makes them
+    policy_chosen, policy_rejected  [N]  log pi(y | x) of sequence_logp, nats, with gradient
     ref_chosen, ref_rejected        [N]  the same under the reference; constants, detached here
     beta                                 > 0, reward per nat of log-ratio
 
-    loss: 0-dim, mean over pairs. 0 at the reference, negative when all is well, with no floor in its inputs.
-    A rejected response of probability zero (-inf) is fine in value and gradient, and shows in the statistics.
-    Half precision is computed in float32.
+    loss: 0-dim, mean over pairs. 0 at the reference, negative when all is well, without a lower
+    bound. A rejected response of probability zero (-inf) is fine in value and gradient, and shows
+    in stats. Half precision is computed in float32.
 
     stats: 0-dim, detached, means over pairs:
         logratio_chosen, logratio_rejected  nats
         reward_chosen, reward_rejected      beta * log-ratio
         margin                              reward_chosen - reward_rejected
-        accuracy                            share with margin > 0; a tie is wrong, so 0 at the reference
-        weight_rejected                     of the rejected's gradient: beta * exp(min(reward_rejected, 20))
+        accuracy                            share with margin > 0; a tie is wrong
+        weight_rejected                     beta * exp(min(reward_rejected, 20)), of the gradient
 
-    Raises ValueError for other shapes or dtypes, N = 0, a beta not positive and finite, and for a loss that is
-    not finite: of a chosen response of probability zero, of NaN.
+    Raises ValueError for other shapes or dtypes, N = 0, a beta not positive and finite, and for a
+    loss that is not finite: of a chosen response of probability zero, or of NaN.
     """
-    arguments = (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    chosen, rejected = _log_ratios("infopo_loss", *arguments, beta)  # [N], [N]
+    tensors = (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    chosen, rejected = _log_ratios("infopo_loss", tensors, beta)  # [N], [N]
 
-    # L = -f_chosen + exp(f_rejected - 1), f = 1 + beta * logratio; exp(r) = e^20 * (1 + r - 20) past 20
+    # -f_chosen + exp(f_rejected - 1), f = 1 + beta * logratio; past r = 20 exp is its tangent
     f_chosen = 1 + beta * chosen  # [N]
     reward_rejected = beta * rejected  # [N]  f_rejected - 1, which would round twice
     exp = reward_rejected.clamp(max=MAX_REWARD).exp()  # [N]  the slope, on both sides of the cut
@@ -108,13 +106,13 @@ def infopo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
     """The DPO loss of the module docstring, and what to log of it: (loss, stats).
 
-    Arguments, stats and errors as in infopo_loss, but weight_rejected is the mean of beta * sigmoid(-margin).
+    Arguments, stats and errors as in infopo_loss; weight_rejected is beta * sigmoid(-margin).
 
-    loss: 0-dim, mean over pairs; log 2 at the reference, never negative. For a pair it is row InfoNCE of
-    scores[i, j] = reward of the response at place j when the chosen one is put at place i.
+    loss: 0-dim, mean over pairs; log 2 at the reference, never negative. For a pair it is row
+    InfoNCE of scores[i, j] = reward of the response at place j where place i has the chosen one.
     """
-    arguments = (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    chosen, rejected = _log_ratios("dpo_loss", *arguments, beta)  # [N], [N]
+    tensors = (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    chosen, rejected = _log_ratios("dpo_loss", tensors, beta)  # [N], [N]
     margin = beta * (chosen - rejected)  # [N]
     loss = -torch.nn.functional.logsigmoid(margin).mean()  # []
     _check_finite("dpo_loss", loss)
@@ -122,14 +120,14 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1)
 
 
 def sequence_logp(logp, mask, length_normalized=False):
-    """Log-probability of each response from its tokens': [..., T] -> [...], nats (or nats per token).
+    """Log-probability of each response: [..., T] -> [...], nats, or nats per token.
 
     logp               [..., T]  of the tokens under the policy or the reference
-    mask               [..., T]  bool or 0/1: the completion tokens. Elsewhere anything may stand, even NaN
+    mask               [..., T]  bool or 0/1: the completion tokens. NaN may stand elsewhere
     length_normalized            divide by the number of tokens. An empty mask gives 0 either way
 
-    Half precision is computed in float32. Raises ValueError for other shapes or dtypes, and for NaN or +inf at a
-    token that counts; -inf there, a token of probability zero, gives -inf.
+    Half precision is computed in float32. Raises ValueError for other shapes or dtypes, and for NaN
+    or +inf at a token that counts; -inf there, a token of probability zero, gives -inf.
     """
     if logp.dim() == 0 or not logp.is_floating_point() or logp.shape != mask.shape:
         got = f"{_describe(logp)} and {_describe(mask)}"
@@ -141,20 +139,20 @@ def sequence_logp(logp, mask, length_normalized=False):
     return total / mask.sum(-1).clamp(min=1) if length_normalized else total  # [...]
 
 
-def _log_ratios(name, policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    if policy_chosen.dim() != 1 or len(policy_chosen) == 0:
-        got = _describe(policy_chosen)
+def _log_ratios(name, tensors, beta):
+    shape = tensors[0].shape
+    if len(shape) != 1 or shape[0] == 0:
+        got = _describe(tensors[0])
         raise ValueError(f"{name}: expected policy_chosen [N], one per response, N >= 1, got {got}")
-    shape = policy_chosen.shape
-    _expect(f"{name}: policy_chosen", policy_chosen, shape)
-    _expect(f"{name}: policy_rejected", policy_rejected, shape)
-    _expect(f"{name}: ref_chosen", ref_chosen, shape)
-    _expect(f"{name}: ref_rejected", ref_rejected, shape)
+    arguments = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
+    for argument, tensor in zip(arguments, tensors, strict=True):
+        if tensor.shape != shape or not tensor.is_floating_point():
+            expected = f"expected floating point of shape {list(shape)}"
+            raise ValueError(f"{name}: {argument}: {expected}, got {_describe(tensor)}")
     if not 0 < beta < math.inf:
         raise ValueError(f"{name}: expected beta > 0 and finite, got {beta}")
-    chosen = _upcast(policy_chosen) - _upcast(ref_chosen.detach())  # [N]
-    rejected = _upcast(policy_rejected) - _upcast(ref_rejected.detach())  # [N]
-    return chosen, rejected
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected = map(_upcast, tensors)  # [N] each
+    return policy_chosen - ref_chosen.detach(), policy_rejected - ref_rejected.detach()  # [N], [N]
 
 
 def _check_finite(name, loss):
@@ -174,11 +172,6 @@ def _stats(chosen, rejected, beta, weight_rejected):
         "weight_rejected": weight_rejected,
     }
     return {name: value.detach().mean() for name, value in values.items()}
-
-
-def _expect(name, tensor, shape):
-    if tensor.shape != shape or not tensor.is_floating_point():
-        raise ValueError(f"{name}: expected floating point of shape {list(shape)}, got {_describe(tensor)}")
 
 
 def _describe(tensor):

@@ -1,117 +1,149 @@
-"""Which principles to train with, before training; what training did to the manifold, after it; and the estimators.
+"""Estimators: what a chain of thought (CoT) says of its principle; geometry of hidden states.
 
-    python metrics.py si --principles principles/reasoning.txt                        # a table, best principle first
-    python metrics.py si --principles FILE --propose 4 --select 4 --out best.jsonl     # create some, keep the best four
-    python metrics.py geometry --base tiny --trained runs/<time>/final --principles FILE
+`scores[n, i, j]` is the log-probability, summed over tokens, that principle j gives to the CoT
+written under principle i in answer to question n. Every CoT was scored under C of the K principles,
+its own among them: C = K, or `num_candidates`, and then its scores under the others are -inf.
 
-The estimators:
+    row[n, i]         = log C - row_info_nce(scores)[n, i]         information(scores, "row")
+    posterior[n, i]   = log C - sum_j h(softmax(scores[n, j])[i])  information(scores, "posterior")
+                        h(p) = -p log p; the same mean, less noise
+    MI                = mean_n,i information[n, i]                 estimates I(C; CoT | x), nats
+    sufficiency(m)    = max(0, m) / log C                          m: mean information, nats
+    SI of principle i = sufficiency(mean_n information[n, i])      in [0, 1]
+    SI of a set       = sufficiency(mean_n,i information[n, i])
+    interval          = percentiles of the mean over questions drawn with replacement (bootstrap)
 
-    row_info[n, i]  = log K - row_info_nce(scores)[n, i]        nats; its mean over n and i is the MI estimate
-    SI[i]           = max(0, mean_n row_info[n, i]) / log K      share of the principle's identity in the text
-    sharper[n, i]   = log K - sum_j h(softmax(scores[n, j])[i])  h(p) = -p log p; same mean, less noise: `si` uses it
-    reach[i]        = 0.9 quantile over n of row_info[n, i] / log K   what the most telling tenth of the texts carries
-    interval        = percentiles of the statistic over questions drawn with replacement (bootstrap)
+Matched scores: the completions were sampled from the model that scores them, at the same
+temperature, with no top-k or top-p, and principles are equally likely. Then the MI estimate is
+unbiased for I(C; CoT | x) given the K principles of a question (infonce.py). It cannot exceed
+log C: near that ceiling only more principles can tell more.
 
-`scores[n, i, j]` is the log-probability under principle j of the chain of thought written under principle i to
-question n, summed over its tokens. If the completions were sampled from that very model at that very temperature, with
-no top-k or top-p, and principles are equally likely, the MI estimate is unbiased for I(C; CoT | x) given the K
-principles of a question (infonce.py says why). It can never exceed log K: near that ceiling, only more principles can
-tell more.
+SI is clamped once, after all averaging. Information has noise on both sides of 0: if values, or
+the means of principles, were clamped before they enter the mean of a set, only the noise above 0
+would stay, and principles that say next to nothing would get twice their SI.
 
-In order: estimators, what an answer is worth, geometry. The commands are in si.py and geometry.py.
-To copy: it needs torch and infonce.py.
+Training and evaluation use "row", which the loss is made of; `python si.py` reports SI and MI by
+"posterior", and MI by "row" beside them. In order: information and SI, intervals, selection,
+whether an answer is right, geometry. To copy: it needs torch and infonce.py.
 """
 
 import itertools
 import math
 import re
-import sys
+import unicodedata
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from infonce import column_info_nce, mi_lower_bound, row_info_nce
+from infonce import column_info_nce, row_info_nce
+
+
+def information(scores, estimator: str = "row", num_candidates: int | None = None):
+    """What each CoT says of its principle: scores [N, K, K] -> [N, K], nats. Values below 0 occur.
+
+    "row": log C - row InfoNCE of that CoT alone. With any critic its mean is a lower bound of MI.
+
+    "posterior": log C - sum_j h(p(c_i | y_j)); the posterior p(. | y_j) is the softmax of row j.
+    The row uses only the CoT written under c_i. But any y_j may have been written under c_i, with
+    probability p(c_i | y_j); here all are used, with that weight:
+    E_{y ~ p_i} f(y) = sum_j E_{y ~ p_j} p(c_i | y) f(y), with the row loss f(y) = -log p(c_i | y).
+    Exact for matched scores, neither an estimate nor a bound for other critics. On the embedded
+    model its standard deviation over questions is 2 to 4 times smaller. Source: our choice.
+
+    Raises ValueError for another shape or estimator, for scores that are not finite on the
+    diagonal, and for num_candidates outside 1 to K.
+    """
+    num_candidates = _check_scores(scores, num_candidates)
+    if estimator == "row":
+        return math.log(num_candidates) - row_info_nce(scores)  # [N, K]
+    if estimator == "posterior":
+        return math.log(num_candidates) - torch.special.entr(scores.softmax(-1)).sum(1)  # [N, K]
+    raise ValueError(f'information expects estimator "row" or "posterior", got {estimator!r}')
+
+
+def column_information(scores, num_candidates: int | None = None):
+    """log C - column InfoNCE by principle: scores [N, K, K] -> [N, K], nats; no bound of MI."""
+    num_candidates = _check_scores(scores, num_candidates)
+    return math.log(num_candidates) - column_info_nce(scores)  # [N, K]
 
 
 class MutualInformation(NamedTuple):
     """In nats, but for the two retrieval shares, whose chance level is 1 / K."""
 
-    row: torch.Tensor  # [] log K - row InfoNCE: the estimate of I(C; CoT | x)
-    column: torch.Tensor  # [] log K - column InfoNCE: no bound, it may exceed the row estimate
-    ceiling: float  # log K
+    row: torch.Tensor  # [] mean of information(scores): the estimate of I(C; CoT | x)
+    column: torch.Tensor  # [] mean of column_information(scores): no bound, it may exceed the row
+    ceiling: float  # log C
     row_retrieval: torch.Tensor  # [] share of completions whose own principle scores them highest
     column_retrieval: torch.Tensor  # [] share of principles whose own completion they score highest
 
 
-def mutual_information(scores) -> MutualInformation:
-    """Estimates from scores [N, K, K] (question, completion, principle), summed log-probabilities in nats.
-
-    Raises ValueError for another shape or for scores that are not finite on the diagonal.
-    """
-    _check_scores(scores)
-    num = scores.shape[-1]
-    target = torch.arange(num, device=scores.device)  # [K]
+def mutual_information(scores, num_candidates: int | None = None) -> MutualInformation:
+    """Means over questions and principles of scores [N, K, K]. Raises as `information` does."""
+    own = torch.arange(scores.shape[-1], device=scores.device)  # [K]
     return MutualInformation(
-        mi_lower_bound(row_info_nce(scores), num),  # []
-        mi_lower_bound(column_info_nce(scores), num),  # []
-        math.log(num),
-        (scores.argmax(-1) == target).float().mean(),  # []
-        (scores.argmax(-2) == target).float().mean(),  # []
+        information(scores, "row", num_candidates).mean(),  # []
+        column_information(scores, num_candidates).mean(),  # []
+        math.log(num_candidates or scores.shape[-1]),
+        (scores.argmax(-1) == own).float().mean(),  # []
+        (scores.argmax(-2) == own).float().mean(),  # []
     )
 
 
-def row_information(scores):
-    """log K - row InfoNCE of each completion, in nats: scores [N, K, K] -> [N, K]. Single values may be negative."""
-    _check_scores(scores)
-    return math.log(scores.shape[-1]) - row_info_nce(scores)  # [N, K]
+def sufficiency(mean_information, num_candidates: int):
+    """SI, max(0, mean_information) / log C: nats -> share in [0, 1], a number or a tensor as given.
+
+    1 where the CoT is a sufficient statistic for its principle, 0 where it is independent of it.
+    The one place where SI is clamped: take all means before. Raises ValueError for C < 2.
+    """
+    if num_candidates < 2:
+        raise ValueError(f"SI expects K >= 2 principles to tell apart, got {num_candidates}")
+    positive = mean_information.clamp(min=0) if torch.is_tensor(mean_information) else max(mean_information, 0.0)
+    return positive / math.log(num_candidates)
 
 
-def posterior_information(scores):
-    """The same information with less sampling noise, for matched scores: scores [N, K, K] -> [N, K], nats.
+def sufficiency_index(scores, estimator: str = "row", num_candidates: int | None = None):
+    """SI of each principle: scores [N, K, K] -> [K], in [0, 1]. Arguments: see `information`."""
+    info = information(scores, estimator, num_candidates)  # [N, K]
+    return sufficiency(info.mean(0), num_candidates or scores.shape[-1])  # [K]
 
-        log C - sum_j h(p(c_i | y_j)),   h(p) = -p log p,   p(. | y_j) = softmax of row j, C its number of candidates
 
-    Its mean over questions estimates what that of row_information does. A row sees only the completion written under
-    c_i; but any completion y_j may have been, with probability p(c_i | y_j), so all are used with that weight:
-    E_{y ~ p_i} f(y) = sum_j E_{y ~ p_j} p(c_i | y) f(y), where f(y) = -log p(c_i | y) is the row loss. Exact where
-    completions come from the model that scores them; with any other critic this is neither estimate nor bound, and
-    row_information still is a bound. On the embedded model the standard deviation over questions is 2 to 4 times
-    smaller, as good as 3 to 14 times the questions. -inf off the diagonal: no candidate. Source: our choice.
+def set_sufficiency_index(scores, estimator: str = "row", num_candidates: int | None = None):
+    """SI of the set: scores [N, K, K] -> [], in [0, 1]. Arguments: see `information`."""
+    info = information(scores, estimator, num_candidates)  # [N, K]
+    return sufficiency(info.mean(), num_candidates or scores.shape[-1])  # []
+
+
+def reach(scores, num_candidates: int | None = None):
+    """SI with the 0.9 quantile over questions for the mean: scores [N, K, K] -> [K], in [0, 1].
+
+    SI is low for a principle that the model rarely follows, and for one that another principle
+    repeats. Reach is 1 for the first kind, which training can mend, and low for the second. It
+    needs tens of questions. Source: our choice; benchmarks/si_study.py shows its use.
+    """
+    info = information(scores, "row", num_candidates).double()  # [N, K]
+    return sufficiency(info.quantile(0.9, dim=0), num_candidates or scores.shape[-1])  # [K]
+
+
+def confusion(scores):
+    """Who is mistaken for whom: scores [N, K, K] -> [K, K], mean posterior of j given CoT i.
+
+    The mean is over the questions where j was a candidate: where its score is not -inf.
     """
     _check_scores(scores)
-    return _ceiling(scores) - torch.special.entr(scores.softmax(-1)).sum(1)  # [N, K]
+    return scores.softmax(-1).sum(0) / scores.isfinite().sum(0).clamp(min=1)  # [K, K]
 
 
-def sufficiency_index(scores):
-    """SI of each of K principles, in [0, 1]: scores [N, K, K] -> [K]. SI of a set: the mean over K.
-
-    1 where the chain of thought is a sufficient statistic for its principle, 0 where it is independent of it.
-    Raises ValueError as mutual_information does, and for K = 1, which leaves nothing to tell apart.
-    """
-    if scores.shape[-1] < 2:
-        raise ValueError("sufficiency_index expects K >= 2: the identity of a single principle carries no information")
-    return row_information(scores).mean(0).clamp(min=0) / math.log(scores.shape[-1])  # [K]
-
-
-def reach(scores):
-    """What the most telling tenth of the texts says of each of K principles: scores [N, K, K] -> [K], in [0, 1].
-
-    The 0.9 quantile over the N questions of row_information, as a share of log K. SI is about the average text: it is
-    low for a principle that the model rarely follows, and for one that another principle says again. Training changes
-    how often, not what can be told apart: reach is 1 for the first kind and stays low for the second. It needs tens of
-    questions. Source: our choice, and benchmarks/si_study.py shows what for.
-    """
-    _check_scores(scores)
-    ceiling = _ceiling(scores)
-    return (ceiling - row_info_nce(scores)).double().quantile(0.9, dim=0).clamp(min=0) / ceiling  # [K]
+# --------------------------------------------------------------------------------------------------
+# Intervals over questions
 
 
 def bootstrap_interval(values, level: float = 0.95, resamples: int = 2000, seed: int = 0):
     """(low, high) of the mean over the first dimension: values [N, ...] -> two tensors [...].
 
-    The N questions are drawn with replacement, so everything that belongs to one question stays together.
-    N = 1 gives an interval of no width: it says nothing then. Raises ValueError for N = 0.
+    Whole questions are drawn with replacement. N = 1 gives an interval of no width, which says
+    nothing. Raises ValueError for N = 0.
     """
     if values.ndim < 1 or not len(values):
         raise ValueError(f"bootstrap_interval expects values [N, ...] with N >= 1, got {list(values.shape)}")
@@ -120,43 +152,51 @@ def bootstrap_interval(values, level: float = 0.95, resamples: int = 2000, seed:
     drawn = torch.randint(len(values), (resamples, len(values)), generator=generator)  # [R, N]
     counts = torch.zeros(resamples, len(values), dtype=torch.double)  # [R, N]
     counts.scatter_add_(1, drawn, torch.ones_like(counts))
-    means = (counts @ values.flatten(1 if values.ndim > 1 else 0).reshape(len(values), -1)) / len(values)  # [R, M]
+    means = counts @ values.reshape(len(values), -1) / len(values)  # [R, M]
     tail = (1 - level) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.double), dim=0)  # [M], [M]
     return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
 
 
-def confusion(scores):
-    """Who is mistaken for whom: scores [N, K, K] -> [K, K]. Row i: the posterior of principle j given CoT i, averaged.
+def interval(values) -> dict:
+    """{mean, low, high}: the mean over questions [N] with its 95% bootstrap interval."""
+    low, high = bootstrap_interval(values)
+    return {"mean": values.double().mean().item(), "low": low.item(), "high": high.item()}
 
-    An ideal reader who guesses from the posterior names j that often. -inf off the diagonal marks a principle that was
-    no candidate there (see `si --num-negatives`); the average is over the questions where it was one.
-    """
-    _check_scores(scores)
-    return scores.softmax(-1).sum(0) / scores.isfinite().sum(0).clamp(min=1)  # [K, K]
+
+def sufficiency_interval(information, num_candidates: int) -> dict:
+    """{mean, low, high} of SI from information [N], nats; of a set its mean over principles."""
+    return {name: sufficiency(nats, num_candidates) for name, nats in interval(information).items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Selection: the best subset of a pool
 
 
 def subset_information(scores, members):
-    """MI of subsets, each with its own members as the only candidates: scores [N, K, K], members [B, S] -> [N, B] nats.
+    """MI of subsets among themselves: scores [N, K, K], members [B, S] -> [N, B], nats.
 
-    No new sampling: a subset's table is the rows and columns of its members. The mean of posterior_information: divided
-    by log S it is the set's SI (clamped at 0 after the mean over questions). For matched scores only, as that is.
+    A subset's members are its only candidates: its scores are their rows and columns, with no new
+    sampling. The estimator is "posterior", for matched scores. Raises ValueError for S < 2.
     """
     _check_scores(scores)
     if members.ndim != 2 or members.shape[1] < 2:
         raise ValueError(f"subset_information expects members [B, S] with S >= 2, got {list(members.shape)}")
     size = max(1, 2**22 // (len(scores) * members.shape[1] ** 2))  # subsets at a time: memory
-    parts = [scores[:, part[:, :, None], part[:, None, :]] for part in members.split(size)]  # [N, b, S, S] each
-    left = [torch.special.entr(part.softmax(-1)).sum(-1).mean(-1) for part in parts]  # [N, b] each, of the posterior
-    return math.log(members.shape[1]) - torch.cat(left, 1)  # [N, B]
+    parts = []
+    for part in members.split(size):
+        tables = scores[:, part[:, :, None], part[:, None, :]]  # [N, b, S, S]
+        info = information(tables.flatten(0, 1), "posterior").mean(1)  # [N·b]
+        parts.append(info.unflatten(0, tables.shape[:2]))  # [N, b]
+    return torch.cat(parts, 1)  # [N, B]
 
 
 def select_subset(scores, size: int, exact_up_to: int = 5000) -> list[int]:
-    """The `size` of K principles whose set SI is highest, as sorted indices: scores [N, K, K], all pairs scored.
+    """Sorted indices of the `size` principles with the highest SI of the set: scores [N, K, K].
 
-    All subsets are tried where there are at most `exact_up_to`. Else, from each principle in turn: the subset grows by
-    the best outsider, then members are swapped for outsiders, the best swap first, until none raises the SI; the best
-    of these K ends is taken. Raises ValueError unless 2 <= size <= K.
+    All subsets are tried where there are at most `exact_up_to`. Else a subset grows from each
+    principle by the best outsider, then the best swap of a member is made until none raises the SI;
+    the best of these K is taken. The scores hold no -inf. Raises ValueError unless 2 <= size <= K.
     """
     num = scores.shape[-1]
     if not 2 <= size <= num:
@@ -184,44 +224,93 @@ def select_subset(scores, size: int, exact_up_to: int = 5000) -> list[int]:
     return sorted(max(ends, key=ends.get))
 
 
-def _ceiling(scores) -> float:
-    """log of the number of candidates: K, or fewer where -inf off the diagonal marks principles that were none."""
-    return math.log(scores.isfinite().sum(-1).amax().item())
-
-
-def _check_scores(scores) -> None:
+def _check_scores(scores, num_candidates: int | None = None) -> int:
+    """The number of candidates; raises ValueError for what the estimators cannot take."""
     if scores.ndim != 3 or scores.shape[1] != scores.shape[2]:
         raise ValueError(f"expected scores [N, K, K] (question, completion, principle), got {list(scores.shape)}")
     if not scores.diagonal(dim1=-2, dim2=-1).isfinite().all():
         raise ValueError("expected finite scores of each completion under its own principle")
+    num_candidates = scores.shape[-1] if num_candidates is None else num_candidates
+    if not 1 <= num_candidates <= scores.shape[-1]:
+        raise ValueError(f"expected 1 to K = {scores.shape[-1]} candidates, got {num_candidates}")
+    return num_candidates
+
+
+# --------------------------------------------------------------------------------------------------
+# Whether an answer is right
 
 
 def answer_is_right(text: str, answer: str) -> bool:
-    """Whether a completion ends in `answer`: read in the last <answer>, or in the whole text where that is missing.
+    """Whether a completion ends in `answer`: read in the last <answer>, or in all if there is none.
 
-    Lenient on purpose, so that accuracy does not rise merely because the format does. A number is compared with the
-    last number there (1,000 and 1000.0 are one number); anything else with the text there, without case and final dot.
+    Lenient, so that accuracy does not rise merely because the format does. A number is compared by
+    value with the last number there: .5, $0.50 and 1/2 are one number, 1,000 and 10^3 another.
+    Anything else is compared with the text there, without case and final dot.
     """
     found = text.rpartition("<answer>")[2].partition("</answer>")[0]
     expected = _numbers(answer)
-    if len(expected) == 1 and re.fullmatch(r"\W*+[\d.,]++\W*+", answer):
+    if len(expected) == 1 and not re.search(r"\w", NUMBER.sub("", _plain_digits(answer))):  # a number and nothing else
         return _numbers(found)[-1:] == expected
     return found.strip().strip(".").casefold() == answer.strip().strip(".").casefold()
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(n.replace(",", "")) for n in re.findall(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?", text)]
+# No number is the 2 of x^2, of x^-2 and of v1.2; no sign is the minus of 5-2.
+NUMBER = re.compile(
+    r"""(?<![\w^]) (?<!\w\.) (?<!\^[-+])
+    (?P<sign>[-+]?) (?:(?<=[-+])[$€£])?
+    (?:(?P<whole>\d++)[ ](?=\d++/\d))?+  # of 2 1/2
+    (?P<value> \d++(?:,\d{3}(?!\d))*+(?:\.\d++)?+ | (?<!\.)\.\d++ )
+    (?: e(?P<e>[-+]?\d++) | \s*+[x×*·]\s*+10(?:\^|\*\*)(?P<ten>[-+]?\d++)
+      | (?:\^|\*\*)(?P<power>[-+]?\d++) | /(?P<under>\d++(?:\.\d++)?+) )?+""",
+    re.VERBOSE | re.IGNORECASE,
+)
+LATEX = (
+    (r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2"), (r"\^\{([^{}]*)\}", r"^\1"),
+    (r"\\(?:times|cdot)", "*"), (r"\\\$", "$"),
+)
+LONGEST_NUMBER = 4000  # digits, written out: Python reads no more than 4300
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def _numbers(text: str) -> list[Fraction]:
+    """The numbers of a text, exact, but those too long to write out or divided by 0."""
+    numbers = []
+    for match in NUMBER.finditer(_plain_digits(text)):
+        part = {name: (digits or "").replace(",", "") for name, digits in match.groupdict().items()}
+        if max(map(len, part.values())) > LONGEST_NUMBER:
+            continue
+        exponent = int(part["e"] or part["ten"] or part["power"] or 0)
+        if abs(exponent) * (len(part["value"]) if part["power"] else 1) > LONGEST_NUMBER:
+            continue
+        try:
+            value = Fraction(part["value"]) / Fraction(part["under"] or 1)
+            value = value**exponent if part["power"] else value * Fraction(10) ** exponent
+        except ZeroDivisionError:
+            continue
+        if value < 1:  # 2 1/2 is one number, 10 6/2 are two
+            value += int(part["whole"] or 0)
+        numbers.append(-value if part["sign"] == "-" else value)
+    return numbers
+
+
+def _plain_digits(text: str) -> str:
+    """Signs, fractions, powers of Unicode and LaTeX in ASCII: − is -, 2½ is 2 1/2, 10³ is 10^3."""
+    for latex, plain in LATEX:
+        text = re.sub(latex, plain, text)
+    text = re.sub(r"(?<=\d)[⁰¹²³⁴-⁹⁻]+", lambda power: "^" + unicodedata.normalize("NFKC", power[0]), text)
+    text = re.sub(r"(?<=\d)(?=[¼½¾⅐-⅞])", " ", text)
+    text = re.sub("[¼½¾⅐-⅞]", lambda fraction: unicodedata.normalize("NFKC", fraction[0]), text)
+    return re.sub("[\u2212\u2010\u2011\u2013\ufe63\uff0d]", "-", text).replace("\u2044", "/")
+
+
+# --------------------------------------------------------------------------------------------------
 # Geometry of point clouds (hidden states) and of next-token distributions
 
 
 def effective_rank(x):
-    """exp(entropy of the normalised eigenvalues of the covariance): points x [n, d] -> 0-dim, between 1 and d.
+    """exp(entropy of the normalised eigenvalues of the covariance): points x [n, d] -> [], 1 to d.
 
-    r equal eigenvalues give r. NaN where all points are equal. Source: Roy and Vetterli 2007, there with singular
-    values of a matrix; here with variances, so that directions of little variance count for little.
+    r equal eigenvalues give r. NaN where all points are equal. Source: Roy and Vetterli 2007, there
+    with singular values; here with variances, by which directions of little variance count little.
     """
     _check_cloud("effective_rank", x)
     variances = torch.linalg.svdvals(centred(x)).square()  # [min(n, d)]
@@ -229,12 +318,13 @@ def effective_rank(x):
 
 
 def bures_wasserstein(x, y):
-    """Wasserstein-2 distance between the Gaussians fitted to x [n, d] and y [m, d]: 0-dim, in the points' own unit.
+    """Wasserstein-2 distance of the Gaussians fitted to x [n, d] and y [m, d]: [], in their unit.
 
-        distance^2 = ||mean x - mean y||^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2     A, B: the covariances (over n)
+        distance^2 = ||mean x - mean y||^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2
 
-    The last trace is the nuclear norm of X Y^T / sqrt(nm), X and Y centred, which takes no matrix root. Rounding can
-    make distance^2 a tiny negative number: it counts as 0, so equal clouds may show 1e-7 of their size and no less.
+    A and B: the covariances (over n and m). The last trace is the nuclear norm of X Y^T / sqrt(nm),
+    X and Y centred, which takes no matrix root. A distance^2 that is below 0 by rounding counts as
+    0; equal clouds may show 1e-7 of their size.
     """
     _check_cloud("bures_wasserstein", x, y)
     a, b = (centred(z) / len(z) ** 0.5 for z in (x, y))  # [n, d], [m, d]
@@ -244,31 +334,47 @@ def bures_wasserstein(x, y):
     return (shift + a.square().sum() + b.square().sum() - 2 * overlap).clamp(min=0).sqrt()  # []
 
 
-def linear_cka(x, y):
-    """Linear centred kernel alignment of paired points x [n, d], y [n, e]: 0-dim in [0, 1].
+def linear_cka(x, y, debiased: bool = False):
+    """Linear centred kernel alignment of paired points x [n, d], y [n, e]: [], at most 1.
 
-    ||Y^T X||^2 / (||X^T X|| ||Y^T Y||), Frobenius norms of centred points. 1 where y is x after a rotation, reflection,
-    scaling or shift; NaN where all points of one are equal. Source: Kornblith et al. 2019, arXiv 1905.00414.
+    ||Y^T X||^2 / (||X^T X|| ||Y^T Y||), Frobenius norms of centred points. 1 where y is x after a
+    rotation, reflection, scaling or shift; NaN where all points of one are equal. Unrelated clouds
+    give d / (n + d), not 0 (d = e, all directions alike): .36 for 2048 points in 1152 dimensions.
+    Source: Kornblith et al. 2019, arXiv 1905.00414.
+
+    debiased: the products count pairs of different points alone, so unrelated clouds give 0 on
+    average, and single values may be below. Needs n >= 4; NaN where a cloud's own product is
+    negative. Sources: HSIC_1 of Song et al. 2012, JMLR 13; Nguyen et al. 2021, arXiv 2010.15327.
     """
     _check_cloud("linear_cka", x)
     _check_cloud("linear_cka", y)
-    if len(x) != len(y):
-        raise ValueError(f"linear_cka expects as many points in x as in y, got {len(x)} and {len(y)}")
+    if len(x) != len(y) or (debiased and len(x) < 4):
+        least = ", 4 or more of them" if debiased else ""
+        raise ValueError(f"linear_cka expects as many points in x as in y{least}, got {len(x)} and {len(y)}")
     x, y = centred(x), centred(y)  # [n, d], [n, e]
     x, y = x / x.norm(), y / y.norm()  # no overflow of fourth powers
-    return (y.mT @ x).square().sum() / ((x.mT @ x).norm() * (y.mT @ y).norm())  # []
+    xy, xx, yy = (_alignment(a, b, debiased) for a, b in ((x, y), (x, x), (y, y)))  # [] each
+    return xy / (xx.sqrt() * yy.sqrt())  # []
+
+
+def _alignment(x, y, debiased: bool):
+    """||Y^T X||^2 of centred x [n, d], y [n, e]: []; debiased: n (n - 3) HSIC_1."""
+    total = (y.mT @ x).square().sum()  # []
+    if not debiased:
+        return total
+    n, a, b = len(x), x.square().sum(-1), y.square().sum(-1)  # [n] both
+    return total - n / (n - 2) * (a @ b) + a.sum() * b.sum() / ((n - 1) * (n - 2))  # []
 
 
 def fisher_rao(logits_p, logits_q):
-    """Fisher-Rao distance of distributions from logits [..., V]: [...], in [0, pi], 0 only where p = q.
+    """Fisher-Rao distance of distributions from logits [..., V]: [...], in [0, pi]; 0 where p = q.
 
-    2 arccos(sum sqrt(p q)), computed as 4 arcsin(||sqrt p - sqrt q|| / 2), which is the same (half-angle) and exact for
-    neighbours, where the arccos of nearly 1 has lost half of its digits.
+    2 arccos(sum sqrt(p q)), computed as 4 arcsin(||sqrt p - sqrt q|| / 2): the same by half angles,
+    and exact for neighbours, where the arccos of nearly 1 loses half of its digits.
     """
     if logits_p.shape != logits_q.shape or logits_p.ndim < 1 or not logits_p.is_floating_point():
-        raise ValueError(
-            f"fisher_rao expects floating point logits of one shape, got {list(logits_p.shape)}, {list(logits_q.shape)}"
-        )
+        shapes = f"{list(logits_p.shape)}, {list(logits_q.shape)}"
+        raise ValueError(f"fisher_rao expects floating point logits of one shape, got {shapes}")
     dtype = torch.promote_types(logits_p.dtype, torch.float32)
     root_p, root_q = ((z.to(dtype).log_softmax(-1) / 2).exp() for z in (logits_p, logits_q))  # [..., V] both
     chord = (root_p - root_q).norm(dim=-1)  # [...] at most sqrt 2
@@ -276,10 +382,7 @@ def fisher_rao(logits_p, logits_q):
 
 
 def principle_means(x, labels, num: int):
-    """Mean of the points under each principle: x [n, d], labels [n] -> [K, d], float64.
-
-    Raises ValueError where a principle has no point.
-    """
+    """Mean point of each principle: x [n, d], labels [n] -> [K, d]; ValueError if one has none."""
     counts = torch.bincount(labels, minlength=num)  # [K]
     if len(counts) != num or (counts == 0).any():
         raise ValueError(f"principle_means expects points under each of {num} principles, got {counts.tolist()}")
@@ -288,9 +391,9 @@ def principle_means(x, labels, num: int):
 
 
 def share_in_span(x, directions):
-    """(share of the squared length of x [n, d] that lies in the span of directions [K, d], the rank r of that span).
+    """(share of the squared length of x [n, d] in the span of directions [K, d], its rank r).
 
-    A uniformly random subspace of r dimensions holds r / d on average, whatever x is. NaN for x = 0.
+    A random subspace of r dimensions holds r / d on average, whatever x is. NaN for x = 0.
     """
     _, values, basis = torch.linalg.svd(directions.double(), full_matrices=False)  # [r'], [r', d]
     basis = basis[values > values.max() * 1e-6]  # [r, d] K directions that sum to 0 span K - 1 dimensions at most
@@ -299,14 +402,14 @@ def share_in_span(x, directions):
 
 
 def mean_angle(directions):
-    """Mean angle between pairs of directions [K, d], in degrees: 0-dim. A regular simplex has arccos(-1 / (K - 1))."""
+    """Mean angle between pairs of directions [K, d]: [], degrees; of a simplex arccos(-1/(K-1))."""
     unit = F.normalize(directions.double(), dim=-1)  # [K, d]
     above = torch.triu_indices(len(unit), len(unit), offset=1)  # [2, pairs]
     return (unit @ unit.mT)[above[0], above[1]].clamp(-1, 1).arccos().rad2deg().mean()  # []
 
 
 def between_to_within(x, labels, num: int):
-    """Variance between the principles' means over variance of points about their own mean: x [n, d], labels [n] -> [].
+    """Variance between the principles' means over variance about them: x [n, d], labels [n] -> [].
 
     Of n points that know nothing of their principle it is about (K - 1) / n, not 0.
     """
@@ -316,7 +419,9 @@ def between_to_within(x, labels, num: int):
 
 
 def centred(x):
-    return x.double() - x.double().mean(0)  # [n, d]
+    """Points less their mean, [n, d] in float64; exactly 0 where all points are equal."""
+    shifted = x.double() - x[:1].double()  # [n, d] without it the rounding of the mean would stay
+    return shifted - shifted.mean(0)  # [n, d]
 
 
 def _check_cloud(name, *clouds) -> None:
@@ -324,10 +429,3 @@ def _check_cloud(name, *clouds) -> None:
         if x.ndim != 2 or not x.numel() or x.shape[1] != clouds[0].shape[1] or not x.is_floating_point():
             shapes = ", ".join(str(list(z.shape)) for z in clouds)
             raise ValueError(f"{name} expects floating point clouds [points, dimensions], not empty, got {shapes}")
-
-
-if __name__ == "__main__":
-    import commands  # here, because the commands need this file, and all the others
-
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows ASCII only
-    sys.exit(commands.main())

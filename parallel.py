@@ -1,12 +1,12 @@
-"""Data parallelism over questions: what `torchrun --nproc-per-node N train.py …` needs of torch.distributed.
+"""Data parallelism over questions, for `torchrun --nproc-per-node N train.py …`.
 
-    part(n)          the indices of a global batch of n that are this process's own
-    sum_gradients    gradient of the step = sum over processes of (their share of the batch) · (gradient of their mean)
+    share(n)         the slice of a batch of n that is this process's own
+    sum_gradients    the step's gradient = sum over processes of (share of the batch) · gradient
 
-Every term of the loss is a mean over questions of what one question gives alone, and what is sampled for a question is
-a function of its name: so N processes take the step that one takes with the same batch, up to the rounding of a sum.
-All hold the whole model and take the same optimiser step; process 0 is the one that writes. With one process every
-function here is the identity, and torch.distributed is not started.
+Every term of the loss is a mean over questions, and what is sampled for a question is a function of
+its name: N processes take the step that one takes with the same batch, up to the rounding of a sum.
+All hold the whole model and take the same optimiser step; process 0 writes. With one process
+torch.distributed is not started, and every function here leaves things as they are.
 """
 
 import datetime
@@ -16,17 +16,17 @@ import sys
 import torch
 import torch.distributed as dist
 
-TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange: the longest that a process may be ahead of another
+TIMEOUT = datetime.timedelta(minutes=30)  # the longest that a process may wait for the others
 
 
 def start() -> None:
-    """Join the others, if torchrun started this process: its environment says how many there are."""
+    """Join the other processes, if torchrun started this one."""
     if "RANK" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
         if rank():
-            sys.stdout = open(os.devnull, "w")  # process 0 speaks for all; errors, on stderr, are everyone's own
+            sys.stdout = open(os.devnull, "w")  # process 0 prints for all; each has its own stderr
 
 
 def stop() -> None:
@@ -42,9 +42,9 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def part(total: int) -> range:
-    """This process's share of `total` things in their order; shares differ by one at most."""
-    return range(total * rank() // world(), total * (rank() + 1) // world())
+def share(total: int) -> slice:
+    """This process's share of `total` things, in order; shares differ by one at most."""
+    return slice(total * rank() // world(), total * (rank() + 1) // world())
 
 
 def gather(value) -> list:
@@ -57,13 +57,13 @@ def gather(value) -> list:
 
 
 def total(numbers: dict) -> dict:
-    """Sums over processes, by name: what one of them does not have counts as 0."""
-    everyones = gather(numbers)
-    return {name: sum(n.get(name, 0.0) for n in everyones) for numbers in everyones for name in numbers}
+    """Sums over processes, by name; a name that a process lacks counts as 0."""
+    gathered = gather(numbers)
+    return {name: sum(n.get(name, 0.0) for n in gathered) for numbers in gathered for name in numbers}
 
 
 def sum_gradients(parameters) -> None:
-    """Add up the gradients of all processes, in place: once a step, one exchange for each tensor."""
+    """Add up the gradients of all processes in place, with one exchange for each tensor."""
     if world() > 1:
         for parameter in parameters:
             if parameter.requires_grad:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import interval, make_parser, run_script, run_training, side_by_side  # noqa: E402
-from commands import write_plot  # noqa: E402
+from checkpoint import write_plot  # noqa: E402
 
 VARIANTS = {
     "GRPO": ["--lambda-mi", "0", "--lambda-ot", "0"],
@@ -28,9 +28,11 @@ VARIANTS = {
 }
 COLUMNS = ("format", "accuracy", "si", "follows", "sinkhorn", "completion_length")
 MEASURE = """
-import json, sys, torch, policy, tiny
+import json, sys, torch, policy
+sys.path.insert(0, "tiny-model")
+import build
 for path in sys.argv[1:]:
-    print(json.dumps(tiny.measure(*policy.load_model(path, torch.device("cpu")), 128)))
+    print(json.dumps(build.measure(*policy.load_model(path, torch.device("cpu")), 128)))
 """
 
 

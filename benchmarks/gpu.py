@@ -12,7 +12,7 @@ completion: all are --max-completion-length long. Flags not listed here go to tr
 then, in one run, medians of --rounds after one that warms up:
 
     decode share    (bytes of all weights that a token needs, once, + bytes of its rows' keys and values at their mean
-                    length, in the dtype of the products) / bandwidth / seconds of a token, prefill and capture included
+                    length, in the dtype of the products) / bandwidth / seconds of a token, prefill included
     training share  FLOP of `update` / its seconds / matmul. Counted: 6 per weight and token (head: completion tokens
                     only), and 12 · heads · head_dim · length of what is attended to, per token and layer. Not counted:
                     what is computed twice, as logits, and with --gradient-checkpointing activations, are
@@ -86,8 +86,8 @@ class Bench:
     def state(self, config):
         """(policy, reference, optimiser), made as train.train makes them; the reference of LoRA is None."""
         model = copy.deepcopy(self.start).to(self.device)
-        checkpointed = min(config.micro_batch, policy.ROWS_PER_FORWARD) if config.gradient_checkpointing else None
-        model.bf16, model.recompute_rows = self.bf16, checkpointed
+        rows = min(config.rows_at_once, policy.ROWS_PER_FORWARD) if config.gradient_checkpointing else None
+        model.bf16, model.recompute_rows = self.bf16, rows
         if config.lora_rank:
             model, reference = policy.add_lora(model, config.lora_rank, config.seed), None
         else:
@@ -98,35 +98,30 @@ class Bench:
         names = [f"{number} {n}" for n in range(len(self.prompts))]
         shape = config.num_generations, config.max_completion_length
         uniform = policy.uniform_numbers(names, *shape, device=self.device)  # [Q·K, G, T]
-        return policy.sample(model, self.prompts, uniform, config.temperature, [], 0, config.cuda_graphs)
+        return policy.sample(model, self.prompts, uniform, config.temperature, [], 0)
 
     def batch(self, out, config) -> train.Batch:
-        """What train.roll_out makes of completions; every other one is rewarded, and all of each is its CoT."""
+        """What train.sample makes of completions; every other one is rewarded, and all of each is its CoT."""
         shape = config.num_questions, config.num_principles, config.num_generations
         tokens, mask = out.tokens.reshape(*shape, -1), out.mask.reshape(*shape, -1)  # [Q, K, G, T] both
         rewards = (torch.arange(self.rows, device=self.device) % 2).float().reshape(shape)  # [Q, K, G]
         size = min(config.ot_tokens, mask[0].numel())
         cloud = torch.randperm(mask[0].numel())[:size].to(self.device).expand(shape[0], -1)  # [Q, n]
         prompts = [self.prompts[q * shape[1] : (q + 1) * shape[1]] for q in range(shape[0])]
-        nothing = [None] * shape[0]
-        weights = torch.full(cloud.shape, 1 / size, device=self.device)  # [Q, n]
         return train.Batch(
-            prompts, nothing, nothing, nothing, tokens, mask, mask, out.truncated.reshape(shape),
-            out.entropy.reshape(shape), rewards, group_advantages(rewards), cloud, weights,
+            tasks=[None] * shape[0], prompts=prompts, texts=[None] * shape[0],
+            tokens=tokens, mask=mask, cot=mask,
+            truncated=out.truncated.reshape(shape), entropy=out.entropy.reshape(shape),
+            cloud=cloud, weights=torch.full(cloud.shape, 1 / size, device=self.device),  # [Q, n] both
+            rewards=rewards, advantages=group_advantages(rewards),  # [Q, K, G] both
         )
 
     def step(self, model, reference, optimizer, config, number) -> dict:
-        """Seconds of each phase of a step, as step.step gives them."""
+        """Seconds of each phase of a step."""
         clock = [step.now()]
         batch = self.batch(self.sample(model, config, number), config)
         clock.append(step.now())
-        with policy.at_start(model, reference) as start:
-            train.refer(start, batch, config)
-        clock.append(step.now())
-        train.update(model, optimizer, config, batch)
-        clock.append(step.now())
-        seconds = {phase: b - a for phase, a, b in zip(step.PHASES, clock, clock[1:])}
-        return {**seconds, "total": clock[-1] - clock[0], "tokens": int(batch.mask.sum())}
+        return step.finish_step(model, reference, optimizer, batch, config, clock)
 
     def measure_step(self, *flags) -> dict:
         """Cells of a step of train.py with these flags besides."""
@@ -145,13 +140,11 @@ class Bench:
         return cells
 
     def measure_trl(self, settings) -> dict:
-        """TRL's step and, in turn with it, our GRPO step with its defaults and with --cuda-graphs."""
+        """TRL's step and, in turn with it, our GRPO step."""
         import trl  # noqa: F401  absent: said before a model is made
 
-        state = self.state(self.config)
-        configs = {name: self.configured(*step.VARIANTS["GRPO"], *flags)
-                   for name, flags in {"GRPO": [], "GRPO --cuda-graphs": ["--cuda-graphs"]}.items()}
-        ours = {name: lambda number, c=config: self.step(*state, c, number) for name, config in configs.items()}
+        state, config = self.state(self.config), self.configured(*step.VARIANTS["GRPO"])
+        ours = {"GRPO": lambda number: self.step(*state, config, number)}
         settings = {  # a quarter of the rows in a pass: the logits of all take more memory than the model
             "per_device_train_batch_size": self.rows // 4, "gradient_accumulation_steps": 4,
             "generation_kwargs": {"min_new_tokens": self.config.max_completion_length},
@@ -188,10 +181,9 @@ class Bench:
 PARTS = {  # what has not run on a GPU yet comes late: after an error there nothing else may run
     "GRPO": lambda bench: bench.measure_step(*step.VARIANTS["GRPO"]),
     "ENIGMA": lambda bench: bench.measure_step(),
-    "ENIGMA --gradient-checkpointing": lambda bench: bench.measure_step("--gradient-checkpointing"),
+    "ENIGMA --gradient-checkpointing": lambda bench: bench.measure_step("--gradient-checkpointing", "True"),
     "ENIGMA --lora-rank 16 --gradient-checkpointing":
-        lambda bench: bench.measure_step("--lora-rank", "16", "--gradient-checkpointing"),
-    "ENIGMA --cuda-graphs": lambda bench: bench.measure_step("--cuda-graphs"),
+        lambda bench: bench.measure_step("--lora-rank", "16", "--gradient-checkpointing", "True"),
 } | {name: lambda bench, settings=settings: bench.measure_trl(settings) for name, settings in TRL_SETTINGS.items()}
 
 

@@ -4,7 +4,8 @@
     python benchmarks/memory.py --parts logits estimate      # without the 1B models
 
 logits     policy.log_probs with gradient against the full logits: 8 x 512 tokens, V = 262144, d = 1152
-estimate   the line that train.py prints before training against what the process then took
+estimate   the line that train.py prints before training against what two steps then took: of SmolLM2-135M-Instruct
+           where benchmarks/smollm2.py has put it, else of a random model of a quarter of its size
 billion    one LoRA step through train.py of random models in the shapes of Gemma-3-1B and Llama-3.2-1B
 
 Everything runs in a process of its own, whose peak is the operating system's (ru_maxrss); of it is taken what the same
@@ -37,14 +38,15 @@ BILLION = {  # the published configurations of the two
         "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True}),
 }
-STEP = "--max-steps 1 --eval-questions 2 --eval-steps 0 --warmup-steps 0 --principles principles/reasoning.txt".split()
+STEP = "--eval-questions 2 --eval-steps 0 --warmup-steps 0 --principles principles/reasoning.txt".split()
+SMALLEST = "--lora-rank 16 --num-questions 1 --num-principles 2 --num-generations 2 --max-completion-length 16"
+SMOLLM2 = Path.home() / ".cache" / "enigma" / "SmolLM2-135M-Instruct"
+BATCH = "--num-questions 1 --num-principles 4 --num-generations 4 --max-completion-length 48"
 VARIANTS = {
-    "all weights": "--num-questions 1 --num-principles 4 --num-generations 2",
-    "all weights, recomputed": "--num-questions 1 --num-principles 4 --num-generations 4 --gradient-checkpointing "
-                               "--micro-batch 8",
-    "GRPO alone, longer": "--num-questions 4 --num-principles 2 --num-generations 4 --lambda-mi 0 --lambda-ot 0 "
-                          "--max-completion-length 128",
-    "LoRA": "--num-questions 1 --num-principles 4 --num-generations 2 --lora-rank 16",
+    "all three terms": "",
+    "recomputed, 16 rows at a time": "--gradient-checkpointing True --micro-batch 16",
+    "LoRA": "--lora-rank 16",
+    "GRPO alone": "--lambda-mi 0 --lambda-ot 0",
 }
 
 
@@ -142,15 +144,18 @@ def logits(args) -> dict:
 def estimate(args) -> dict:
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        child("write_model", f"{folder}/model", "Llama", "LlamaConfig", json.dumps(MIDDLE))
+        if args.model is None:
+            child("write_model", f"{folder}/model", "Llama", "LlamaConfig", json.dumps(MIDDLE))
+        model = args.model or f"{folder}/model"
         _, libraries = run("-c", "import train")
-        print(f"\ntrain.py's estimate, {MIDDLE}\n\n| | estimated, GB | measured, GB | ratio |\n|---|---|---|---|")
+        print(f"\ntrain.py's estimate, {args.model or MIDDLE}\n\n"
+              "| | estimated, GB | measured, GB | ratio |\n|---|---|---|---|")
         for name, flags in VARIANTS.items():
-            out, used = run("train.py", *STEP, "--model", f"{folder}/model", "--output-dir", f"{folder}/{name}",
-                            *flags.split(), MALLOC_MMAP_THRESHOLD_="262144")
-            said, took = told(out), used["gb"] - libraries["gb"]
-            rows[name] = {"estimated": said, "measured": took, "ratio": said / took}
-            print(f"| {name} | {said:.2f} | {took:.2f} | {said / took:.2f} |", flush=True)
+            out, used = run("train.py", *STEP, "--max-steps", 2, "--model", model, "--output-dir", f"{folder}/{name}",
+                            *BATCH.split(), *flags.split(), MALLOC_MMAP_THRESHOLD_="262144")
+            estimated, took = estimated_gb(out), used["gb"] - libraries["gb"]
+            rows[name] = {"estimated": estimated, "measured": took, "ratio": estimated / took}
+            print(f"| {name} | {estimated:.2f} | {took:.2f} | {estimated / took:.2f} |", flush=True)
     return rows
 
 
@@ -161,16 +166,16 @@ def billion(args) -> dict:
     for name, (kind, config, settings) in BILLION.items():
         with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
             size = child("write_model", f"{folder}/model", kind, config, json.dumps(settings))["parameters"]
-            out, used = run("train.py", *STEP, "--model", f"{folder}/model", "--output-dir", f"{folder}/run",
-                            "--lora-rank", 16, "--num-questions", 1, "--num-principles", 2, "--num-generations", 2,
-                            "--max-completion-length", 16)
-        rows[name] = {"parameters": size, "estimated": told(out), **used}
-        print(f"| {name} | {size / 1e9:.2f}e9 | {used['gb']:.1f} | {told(out):.1f} | {used['cpu_seconds']:.0f} | "
+            out, used = run("train.py", *STEP, "--max-steps", 1, "--model", f"{folder}/model",
+                            "--output-dir", f"{folder}/run", *SMALLEST.split())
+        estimated = estimated_gb(out)
+        rows[name] = {"parameters": size, "estimated": estimated, **used}
+        print(f"| {name} | {size / 1e9:.2f}e9 | {used['gb']:.1f} | {estimated:.1f} | {used['cpu_seconds']:.0f} | "
               f"{used['seconds']:.0f} |", flush=True)
     return rows
 
 
-def told(out: str) -> float:
+def estimated_gb(out: str) -> float:
     """The total of the estimate in what train.py printed, GB."""
     return float(re.search(r"memory: about (\S+) GB", out)[1])
 
@@ -186,6 +191,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=262144)
     parser.add_argument("--width", type=int, default=1152)
+    parser.add_argument("--model", default=SMOLLM2 if SMOLLM2.exists() else None, help="folder, of the estimate part")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import interval, make_parser, run_training, side_by_side  # noqa: E402
-from commands import write_plot  # noqa: E402
+from checkpoint import write_plot  # noqa: E402
 
 BETAS = {"infopo": ("0.1", "0.3", "1"), "dpo": ("0.1", "0.3", "1")}
 RATES = ("1e-4", "2e-4")

@@ -4,7 +4,7 @@
     python benchmarks/si_study.py --seeds 1 --jobs 1
 
 The sets go from clearly distinct principles over paraphrases of one to strings without meaning. For each: SI and reach
-of the set by `metrics.py si`, before any training; then `train.py` with its defaults (full ENIGMA) and without the two
+of the set by `si.py`, before any training; then `train.py` with its defaults (full ENIGMA) and without the two
 other terms (GRPO alone), over seeds. Rank correlations are over sets, of means over seeds; their intervals are
 bootstrap intervals over sets and seeds. Steadiness of a run, from its metrics.jsonl:
 
@@ -12,7 +12,7 @@ bootstrap intervals over sets and seeds. Steadiness of a run, from its metrics.j
     grad_norm    mean gradient norm before clipping, all steps
     falls        share of steps whose reward is below that of the step before
 
-Then the choice by SI: `metrics.py si --select 4` from a pool of 24 texts (the eight principles in two wordings,
+Then the choice by SI: `si.py --select 4` from a pool of 24 texts (the eight principles in two wordings,
 opposites of four, empty phrases and strings) against random fours of the same pool. Those sets took no part when reach
 was added to SI: they confirm. Writes si_study.json and si_study.png into --output-dir.
 """
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import make_parser, run_script, run_training, side_by_side  # noqa: E402
-from commands import write_plot  # noqa: E402
+from checkpoint import write_plot  # noqa: E402
 from tiny import STYLES  # noqa: E402
 
 
@@ -68,16 +68,16 @@ def write_sets(directory) -> dict:
     pool, best = directory / "pool.txt", directory / "selected.jsonl"
     pool.write_text("\n".join(POOL) + "\n")
     if not best.exists():
-        run_script("metrics.py", "si", "--principles", pool.resolve(), "--select", SELECTED, "--out", best.resolve())
+        run_script("si.py", "--principles", pool.resolve(), "--select", SELECTED, "--out", best.resolve())
     return files | {"selected": best}
 
 
 def measure_si(name, file, directory) -> dict:
-    """The set's row of `metrics.py si`, on the starting model."""
+    """The set's row of `si.py`, on the starting model."""
     result = directory / f"{file.stem}.json"
     if not result.exists():
         flags = "--principles", file.resolve(), "--num-questions", 256, "--json", result.resolve()
-        run_script("metrics.py", "si", *flags)
+        run_script("si.py", *flags)
     return json.loads(result.read_text())
 
 

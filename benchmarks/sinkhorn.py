@@ -38,11 +38,13 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tiny-model")]
 sys.path.remove(str(Path(__file__).resolve().parent))  # or `import sinkhorn` would find this file
 
+import build  # noqa: E402
 import torch  # noqa: E402
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402
 
@@ -83,7 +85,7 @@ def hidden_states(model, tokenizer, n, noise):
         weight += noise * weight.std() * torch.randn_like(weight)
     clouds, rng, count = ([], []), random.Random(0), 0
     while count < n:
-        ids, mask, labels = tiny.encode_examples(tokenizer, rng, 32)
+        ids, mask, labels = build.encode_examples(tokenizer, rng, 32)
         predicts = labels[:, 1:] >= 0  # [32, L - 1] the position before each completion token
         count += int(predicts.sum())
         for cloud, one in zip(clouds, (moved, model)):
@@ -164,18 +166,19 @@ def geomloss_potentials(x, y, eps, setting):
 
 
 def our_potentials(x, y, eps, tol):
-    found, solver = [], sinkhorn._iterate
+    found = []
 
-    def spy(*args, **kwargs):
-        found.append(solver(*args, **kwargs))
-        return found[-1]
+    def spy(solver):
+        def solve(*args):
+            found.append(solver(*args))
+            return found[-1]
 
-    sinkhorn._iterate = spy
-    try:
+        return solve
+
+    solvers = {name: spy(getattr(sinkhorn, name)) for name in ("_solve", "_solve_self")}
+    with mock.patch.multiple(sinkhorn, **solvers):
         sinkhorn.sinkhorn_divergence(x, y, eps, tol=tol)
-    finally:
-        sinkhorn._iterate = solver
-    return [(p, q, u, v) for (p, q), (u, v, *_) in zip(((x, y), (x, x), (y, y)), found)]
+    return [(p, q, u[0], v[0]) for (p, q), (u, v, *_) in zip(((x, y), (x, x), (y, y)), found)]
 
 
 # ---- accuracy

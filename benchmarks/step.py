@@ -2,14 +2,16 @@
 
     python benchmarks/step.py                           # 4 questions, K = 4, G = 4: as train.py starts by default
     python benchmarks/step.py --growth                  # the same without TRL, with each of the sizes doubled in turn
+    python benchmarks/step.py --price --num-generations 8   # ENIGMA by --mi-generations, and what each part takes
     python benchmarks/step.py --num-questions 8         # flags not listed here go to train.py
 
-The embedded model, on the same seeds in every variant; the variants take turns, so that a slow moment of the machine
-hits all of them, and ratios are medians of the ratios within a round. The learning rate is 0: every round measures the
-same model. TRL (`pip install -r benchmarks/requirements.txt`; without it its rows are left out) gets the same prompts,
-as many completions, the same limit of tokens, temperature, float32, all rows in one backward pass, and a reward that
-costs nothing; once with its defaults, once with gradient checkpointing off. A step of TRL is what lies between
-on_step_begin and on_step_end, its sampling what _generate takes. Prints tables and writes step.json into --output-dir.
+The embedded model, or that of --model, on the same seeds in every variant; the variants take turns, so that a slow
+moment of the machine hits all of them, and ratios are medians of the ratios within a round. The learning rate is 0:
+every round measures the same model. TRL (`pip install -r benchmarks/requirements.txt`; without it its rows are left
+out) gets the same prompts, as many completions, the same limit of tokens, temperature, float32, all rows in one
+backward pass, and a reward that costs nothing; once with its defaults, once with gradient checkpointing off. A step of
+TRL is what lies between on_step_begin and on_step_end, its sampling what _generate takes. Prints tables and writes
+step.json into --output-dir.
 """
 
 import argparse
@@ -28,6 +30,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import policy  # noqa: E402
+import run  # noqa: E402
 import tiny  # noqa: E402
 import train  # noqa: E402
 from data import build_messages  # noqa: E402
@@ -41,7 +44,7 @@ VARIANTS = {
 TRL_VARIANTS = {"TRL GRPO, defaults": {}, "TRL GRPO, no checkpointing": {"gradient_checkpointing": False}}
 GROWTH = {"--num-questions": (2, 4, 8), "--num-principles": (2, 4, 8), "--num-generations": (2, 4, 8),
           "--max-completion-length": (32, 64, 128)}
-PHASES = ("sample", "reference", "update")
+PHASES = ("sample", "start", "update")  # start: what the frozen start reads
 ON_CPU = {"use_cpu": True, "bf16": False}
 
 
@@ -52,18 +55,23 @@ def now() -> float:
     return time.perf_counter()
 
 
-def step(model, reference, tokenizer, config, number) -> dict:
+def step(model, reference, tokenizer, questions, config, number) -> dict:
     """Seconds of each phase of one step of ours."""
-    questions, names = tiny.make_questions(512, held_out=False), [f"{number} {n}" for n in range(config.num_questions)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    clock = [time.perf_counter()]
-    drawn = train.draw(questions, tiny.principles(), config, number)
-    batch = train.roll_out(model, tokenizer, *drawn, config.num_generations, config, names)
-    clock.append(time.perf_counter())
-    train.refer(reference, batch, config)
-    clock.append(time.perf_counter())
-    train.update(model, optimizer, config, batch)
-    clock.append(time.perf_counter())
+    clock = [now()]
+    tasks = train.draw(questions, tiny.principles(), config, number)
+    batch = train.sample(model, tokenizer, tasks, config.num_generations, config)
+    train.add_rewards(batch, config)
+    clock.append(now())
+    return finish_step(model, reference, optimizer, batch, config, clock)
+
+
+def finish_step(model, reference, optimizer, batch, config, clock) -> dict:
+    """Seconds of each phase; `clock` has when the step began, and when its batch was sampled."""
+    batch.start = train.read_start(model, reference, batch, config) if config.needs_start else None
+    clock.append(now())
+    train.update(model, optimizer, run.Step(tasks=batch.tasks, batch=batch), config)
+    clock.append(now())
     seconds = {phase: b - a for phase, a, b in zip(PHASES, clock, clock[1:])}
     return {**seconds, "total": clock[-1] - clock[0], "tokens": int(batch.mask.sum())}
 
@@ -72,7 +80,10 @@ def conversations(config, steps) -> list:
     """The messages of the prompts of `steps` steps, in the order that training takes them."""
     questions = tiny.make_questions(512, held_out=False)
     drawn = [train.draw(questions, tiny.principles(), config, number) for number in range(steps)]
-    return [build_messages(q.text, p.text) for qs, pss in drawn for q, ps in zip(qs, pss) for p in ps]
+    return [
+        build_messages(task.question.text, principle.text)
+        for tasks in drawn for task in tasks for principle in task.principles
+    ]
 
 
 def rounds_beside_trl(ours, settings, config, model, tokenizer, rounds) -> list[dict]:
@@ -91,7 +102,7 @@ def rounds_beside_trl(ours, settings, config, model, tokenizer, rounds) -> list[
 
         def on_step_end(self, *args, **kwargs):
             total = now() - self.start
-            theirs = {"sample": self.sampling, "reference": 0.0, "update": total - self.sampling, "total": total,
+            theirs = {"sample": self.sampling, "start": 0.0, "update": total - self.sampling, "total": total,
                       "tokens": self.tokens}
             found.append({"TRL": theirs, **{name: run(len(found)) for name, run in ours.items()}})
 
@@ -134,25 +145,52 @@ def summarise(rounds, base) -> dict:
 
 
 def print_table(table, base, first) -> None:
-    print(f"\n| {first} | sample | reference | update | step | tokens/s | times {base} |\n" + "|---" * 7 + "|")
+    print(f"\n| {first} | sample | start | update | step | tokens/s | times {base} |\n" + "|---" * 7 + "|")
     for name, row in table.items():
         cells = [f"{row[key]:.2f}" for key in (*PHASES, "total")]
         print(f"| {name} | {' | '.join(cells)} | {row['tokens'] / row['total']:.0f} | {row['ratio']:.2f} |")
+
+
+def price_variants(num_generations: int) -> dict:
+    """GRPO alone, with OT, and all three terms with the InfoNCE term on 1, 2, 4, … of the completions of a group."""
+    sizes = [2**power for power in range(num_generations.bit_length()) if 2**power <= num_generations]
+    enigma = {f"ENIGMA, {size}": ["--mi-generations", str(size)] for size in sizes}
+    return {name: VARIANTS[name] for name in ("GRPO", "GRPO + OT")} | enigma
+
+
+def print_parts(rounds) -> None:
+    """What each part of a step takes, in units of GRPO's step: medians over rounds."""
+    print("\n| | sampling | own rows | other rows | the start reads | Sinkhorn |\n" + "|---" * 6 + "|")
+    for name in rounds[0]:
+        parts = []
+        for turn in rounds:
+            own, with_ot, row = turn["GRPO"]["update"], turn["GRPO + OT"]["update"], turn[name]
+            others, ot = row["update"] - with_ot if name.startswith("ENIGMA") else 0, with_ot - own
+            of_turn = row["sample"], own, others, row["start"], 0 if name == "GRPO" else ot
+            parts.append([part / turn["GRPO"]["total"] for part in of_turn])
+        print(f"| {name} | " + " | ".join(f"{statistics.median(part):.2f}" for part in zip(*parts)) + " |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--price", action="store_true")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs")
     args, extra = parser.parse_known_args()  # what is left goes to train.py
     transformers.utils.logging.set_verbosity_error()
-    model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    config = train.parse(["--principles", "-", *extra])
+    model, tokenizer = train.load(config)
     reference = copy.deepcopy(model).requires_grad_(False)
+    if config.dataset:
+        questions = config.load_questions(512, config.seed)
+    else:
+        questions = tiny.make_questions(512, held_out=False)
 
     def steppers(variants, flags):  # name -> function of the round's number
         configs = {name: train.parse(["--principles", "-", *variants[name], *flags]) for name in variants}
-        return {n: lambda number, c=c: step(model, reference, tokenizer, c, number) for n, c in configs.items()}
+        state = model, reference, tokenizer, questions
+        return {name: lambda number, c=c: step(*state, c, number) for name, c in configs.items()}
 
     def take_turns(runs):
         found = [{name: run(number) for name, run in runs.items()} for number in range(args.rounds + 1)]
@@ -161,14 +199,19 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, medians of {args.rounds} rounds, seconds")
     tables = {}
     if args.growth:
-        ends, train.eos_ids = train.eos_ids, lambda *_: []  # every completion as long as it may be
+        ends, policy.eos_ids = policy.eos_ids, lambda *_: []  # every completion as long as it may be
         for flag, sizes in GROWTH.items():
             runs = {f"{n}, {size}": run for size in sizes for n, run in steppers(
                 {n: VARIANTS[n] for n in ("GRPO", "ENIGMA")}, [*extra, flag, str(size)]).items()}
             base = f"GRPO, {sizes[0]}"
             tables[flag] = summarise(take_turns(runs), base)
             print_table(tables[flag], base, flag)
-        train.eos_ids = ends
+        policy.eos_ids = ends
+    elif args.price:
+        rounds = take_turns(steppers(price_variants(config.num_generations), extra))
+        tables["price"] = summarise(rounds, "GRPO")
+        print_table(tables["price"], "GRPO", "ours")
+        print_parts(rounds)
     else:
         tables["terms"] = summarise(take_turns(steppers(VARIANTS, extra)), "GRPO")
         print_table(tables["terms"], "GRPO", "ours")
@@ -178,7 +221,6 @@ def main() -> None:
             print("no rows of TRL: pip install -r benchmarks/requirements.txt", file=sys.stderr)
         else:
             ours = steppers({name: VARIANTS[name] for name in ("GRPO", "ENIGMA")}, extra)
-            config = train.parse(["--principles", "-", *extra])
             for name, settings in TRL_VARIANTS.items():
                 found = rounds_beside_trl(ours, {**ON_CPU, **settings}, config, copy.deepcopy(model), tokenizer,
                                           args.rounds)

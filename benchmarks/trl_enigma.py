@@ -20,7 +20,6 @@ compares come from torch's generator; with LoRA the start is the base model. TRL
 """
 
 import argparse
-import math
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -44,7 +43,8 @@ import tiny  # noqa: E402
 import train  # noqa: E402
 from data import InputError, build_messages, load_principles  # noqa: E402
 from grpo import format_reward  # noqa: E402
-from infonce import mi_lower_bound, row_info_nce, symmetric_info_nce  # noqa: E402
+from infonce import symmetric_info_nce  # noqa: E402
+from metrics import mutual_information, sufficiency  # noqa: E402
 from sinkhorn import relative_eps, sinkhorn_divergence  # noqa: E402
 
 
@@ -96,7 +96,7 @@ class EnigmaTrainer(trl.GRPOTrainer):
         states = hidden(model).take_along_dim(cloud[..., None], 1)  # [Q, n, d]
         eps = relative_eps(states, ref, 0.1, weights, weights)  # [Q]
         mi, drift = symmetric_info_nce(scores), sinkhorn_divergence(states, ref, eps, weights, weights)[0].mean()
-        si = mi_lower_bound(row_info_nce(scores), num) / math.log(num)  # []
+        si = sufficiency(mutual_information(scores.detach().flatten(0, 1)).row, num)  # []
         for name, value in {"loss_mi": mi, "loss_ot": drift, "si": si}.items():
             self._metrics["train"][name].append(self.accelerator.gather(value.detach()).mean().item())
         return loss + (self.lambda_mi * mi + self.lambda_ot * drift) / self.current_gradient_accumulation_steps
@@ -117,8 +117,8 @@ def make_trainer(config, directory):
     """(a trainer with the settings of train.py, what it draws at each step)."""
     questions, principles = tiny.make_questions(4096, False, config.seed), load_principles(config.principles)
     drawn = [train.draw(questions, principles, config, step) for step in range(config.max_steps)]
-    rows = [{"question": q.text, "prompt": build_messages(q.text, p.text)}
-            for step in drawn for q, ps in zip(*step) for p in ps]
+    rows = [{"question": task.question.text, "prompt": build_messages(task.question.text, p.text)}
+            for tasks in drawn for task in tasks for p in task.principles]
     trainer = EnigmaTrainer(
         num_principles=config.num_principles, lambda_mi=config.lambda_mi, lambda_ot=config.lambda_ot,
         ot_tokens=config.ot_tokens, model=str(tiny.MODEL_DIR), reward_funcs=reward, callbacks=[Show()],
@@ -151,13 +151,13 @@ def check(trainer, drawn, config) -> None:
     tokens, mask = (inputs[n][inputs["order"].argsort()] for n in ("completion_ids", "completion_mask"))  # [N, T]
     tokens, mask = (t.unflatten(0, (-1, config.num_generations)) for t in (tokens, mask.bool()))  # [Q·K, G, T]
     unused = torch.zeros(mask.shape[:2])  # [Q·K, G]
-    train.sample = lambda *args: policy.Completions(tokens, mask, unused.bool(), unused)
-    names = [str(n) for n in range(config.num_questions)]
-    batch = train.roll_out(model, trainer.processing_class, *drawn[0], config.num_generations, config, names)
-    train.refer(trainer.ref_model, batch, config)
-    loss, stats, _ = train.losses(model, batch, config)
+    policy.sample = lambda *args: policy.Completions(tokens, mask, unused.bool(), unused)
+    batch = train.sample(model, trainer.processing_class, drawn[0], config.num_generations, config)
+    train.add_rewards(batch, config)
+    batch.start = train.read_start(model, trainer.ref_model, batch, config)
+    loss, terms = train.losses(train.read(model, batch, config, config.mi_generations), batch, config)
 
-    ours = {"loss": loss, **stats}
+    ours = {"loss": loss, **terms}
     apart = {name: abs(float(theirs[name]) - float(ours[name])) for name in theirs}
     for name, difference in apart.items():
         print(f"{name:8} TRL {float(theirs[name]):.6f}, train.py {float(ours[name]):.6f}, apart {difference:.1e}")

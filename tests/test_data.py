@@ -1,16 +1,23 @@
 """What data.py reads, what it refuses, and whether the refusal tells how to mend it."""
 
 import dataclasses
+import datetime
+import itertools
 import json
 import os
 import random
+import sys
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import InputError, Principle, Question
+from data import Example, InputError, Principle, Question
+from grpo import format_reward
+
+ROOT = Path(__file__).resolve().parent.parent
 
 GOOD = b'{"principle": "Be brief."}\n'
 TURNS = "{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
@@ -223,6 +230,87 @@ def test_questions_refused(tmp_path, name, content, line, parts):
     assert all(part in message for part in parts), f"{message!r} should mention {parts}"
 
 
+def test_a_csv_cell_is_the_text_in_the_file(tmp_path, monkeypatch):
+    for library in "pandas", "pyarrow", "datasets":
+        monkeypatch.setitem(sys.modules, library, None)  # neither needed nor asked
+    cells = ["NA", "None", "null", "nan", "007", "2.50", "True", "1e5", "9007199254740993", "18446744073709551617", "1,000"]
+    rows = "".join(f'"{n} + ""1""?",ignored,"{cell}"\r\n' for n, cell in enumerate(cells))
+    path = write(tmp_path, "q.csv", "\ufeffquestion,note,answer\r\n\r\n" + rows + ',,\r\n"two\nlines, one cell",,\r\n')
+    assert data.load_questions(path) == [
+        *(Question(f'{n} + "1"?', cell) for n, cell in enumerate(cells)), Question("two\nlines, one cell")]
+
+
+@pytest.mark.parametrize("content, line, parts", [
+    ("question,answer\n2 + 3?,5\n,7\n", 3, ["question is missing", "'7'"]),
+    ("question,answer\n\n2, 3?,5\n", 3, ["3 cells", "the header 2", "comma"]),
+    ("question,answer\n2 + 3?\n", 2, ["1 cells"]),
+    ('question,answer\n"a\nb",1\n"2 + 3?"x,5\n', 4, ["expected after", "comma"]),
+    ('question,answer\na,1\n"2 + 3?,5\n\n', 3, ["unexpected end"]),
+    ("question,answer\na,1\n\xe9,5\n".encode("latin-1"), 3, ["0xe9", "UTF-8"]),
+    ("question,question\na,1\n", 1, ["two columns 'question'"]),
+    ("question,answer\na\0,1\n", 2, [r"'\x00'"]),
+    ("Question ,answer\na,1\n", 2, ["has no column 'question'; did you mean 'Question '?"]),
+    ("questoin,answer\na,1\n", 2, ["has no column 'question'; did you mean 'questoin'?"]),
+    ("question, answer\na,1\n", 2, ["has no column 'answer'; did you mean ' answer'?"]),
+    ("question;answer\na;1\n", 2, ["question is missing in {'question;answer': 'a;1'}"]),
+    ("question,answer\n", None, ["no question"]),
+    ("", None, ["no question"]),
+])
+def test_a_csv_that_is_refused_names_line_and_reason(tmp_path, content, line, parts):
+    path = write(tmp_path, "q.csv", content)
+    message = refusal(data.load_questions, path)
+    assert message.startswith(f"{path}: " if line is None else f"{path}:{line}: "), message
+    assert all(part in message for part in parts), f"{message!r} should mention {parts}"
+
+
+def test_a_field_nearly_named_right_is_said_in_every_kind_of_file(tmp_path):
+    path = write(tmp_path, "q.jsonl", '{"question": "a", "Answer": 5}')
+    assert "did you mean 'Answer'?" in refusal(data.load_questions, path), "its answers would be lost in silence"
+    assert data.load_questions(path, answer_field="Answer") == [Question("a", "5")]
+    path = write(tmp_path, "q.jsonl", '{"question": "a", "answers": ["5"]}')
+    assert data.load_questions(path) == [Question("a")], "another field, not a misspelt one"
+    path = write(tmp_path, "p.csv", "prompt,Chosen,rejected\na?,b,c\n")
+    assert "has no column 'chosen'; did you mean 'Chosen'?" in refusal(data.load_preferences, path)
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    path = tmp_path / "q.parquet"
+    parquet.write_table(pyarrow.table({"Question": ["a"], "answer": ["b"]}), path)
+    assert refusal(data.load_questions, path).startswith(f"{path}:1: has no column 'question'; did you mean 'Question'?")
+
+
+def test_a_parquet_file_that_is_refused_names_row_and_reason(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    path = tmp_path / "q.parquet"
+    parquet.write_table(pyarrow.table({"question": ["a", "b", "c"], "answer": [1.0, None, float("nan")]}), path)
+    assert refusal(data.load_questions, path).startswith(f"{path}:3: answer is nan")
+    whole = path.read_bytes()
+    assert "magic bytes" in refusal(data.load_questions, write(tmp_path, "q.parquet", whole[:50]))
+    assert "No such file" in refusal(data.load_questions, tmp_path / "none.parquet")
+
+
+EXAMPLE = {"question": "1 + 1?", "principle": "Be kind.", "reasoning": "1 + 1 = 2.", "answer": 2}
+
+
+def test_examples_load(tmp_path):
+    path = write(tmp_path, "e.jsonl", json.dumps(EXAMPLE))
+    assert data.load_examples(path) == [Example("1 + 1?", "Be kind.", "1 + 1 = 2.", "2")]
+    shipped = data.load_examples(ROOT / "principles" / "examples.jsonl")
+    for turn in data.build_messages("a?", "b", shipped)[1::2]:
+        assert format_reward(turn["content"]) == 1, "an example must earn the reward that it is an example of"
+
+
+@pytest.mark.parametrize("change, parts", [
+    ({"reasoning": None}, ["reasoning is None"]), ({"answer": " "}, ["answer is ' '"]), ({"answer": True}, ["answer is True"]),
+    ({"id": "x"}, ["unknown 'id'", "question, principle, reasoning, answer"]),
+    ({"reasoning": "a</reasoning>b"}, ["reasoning contains </reasoning>"]), ({"answer": "<answer>2"}, ["answer contains <answer>"]),
+])
+def test_examples_refused(tmp_path, change, parts):
+    path = write(tmp_path, "e.jsonl", json.dumps(EXAMPLE) + "\n" + json.dumps(EXAMPLE | change))
+    message = refusal(data.load_examples, path)
+    assert message.startswith(f"{path}:2: ") and all(part in message for part in parts), message
+    assert "has no example" in refusal(data.load_examples, write(tmp_path, "e.jsonl", "\n"))
+    assert "principle is missing" in refusal(data.load_examples, write(tmp_path, "e.jsonl", '{"question": "a"}'))
+
+
 POOL = [Question(f"What is {n} + {n}?", str(2 * n)) for n in range(60)]
 
 
@@ -374,3 +462,210 @@ def test_a_tokenizer_without_chat_template_is_refused(template):
     message = refusal(data.encode_prompts, tokenizer_with(template), [chat()])
     assert "chat template" in message and "instruction-tuned" in message and "chat_template" in message, (
         f"say what to do: {message}")
+
+
+def test_a_bos_counts_only_where_it_stands_first():
+    turns = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    tokenizer = tokenizer_with(turns, post_bos=True)
+    tokenizer.eos_token = "<s>"  # one token begins a text and ends a turn, as in GPT-2
+    example = Example("1 + 1?", "Be kind.", "2", "2")
+    (ids,) = data.encode_prompts(tokenizer, [data.build_messages("2 + 3?", "Be brief.", [example])])
+    assert tokenizer.decode(ids).startswith("<s>[user]") and ids.count(tokenizer.bos_token_id) == 2, (
+        "the end of the example's turn was taken for a BOS, and none stands first")
+
+
+@pytest.mark.parametrize("template", [
+    "{% for m in messages if m.role != 'system' %}<|turn|>{{ m.content }}{% endfor %}",
+    "<|turn|>{{ messages[-1].content }}",
+    "{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content[:9] }}{% endfor %}",
+])
+def test_a_template_that_drops_a_message_is_refused(template):
+    tokenizer = tokenizer_with(template)
+    talk = [{"role": "system", "content": "Be brief."}, *chat("2 + 3?", "Be brief.")]  # the same words in another message
+    message = refusal(data.encode_prompts, tokenizer, [talk])
+    assert "loses the" in message and ("system message 'Be brief.'" in message or "user message '2 + 3?" in message), message
+
+
+def test_a_template_may_move_a_system_message_and_leave_out_earlier_thoughts():
+    moved = "{% for m in messages[1:] %}<|turn|>{% if loop.last %}{{ messages[0].content | trim }}\n{% endif %}{{ m.content.split('</think>')[-1] | trim }}{% endfor %}"
+    talk = [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "1 + 1?"},
+            {"role": "assistant", "content": "<think>hm</think>\n\n2"}, {"role": "user", "content": "2 + 3?"}]
+    assert data.render(tokenizer_with(moved), talk, "here") == "<|turn|>1 + 1?<|turn|>2<|turn|>Be brief.\n2 + 3?"
+
+
+# Examples, prefill, and texts tokenised as one
+
+def metaspace_tokenizer(kind=models.BPE, vocabulary=300, template="{% for m in messages %}[{{ m.role }}]\n{{ m.content }}\n{% endfor %}[model]\n"):
+    """As in Llama-2 and Mistral: words begin with a space, a text too, and nothing bounds a token but the vocabulary."""
+    texts = ["[user] What is 2 + 3 ?\n\nPrinciple: Be brief.\nWrite <reasoning> how </reasoning><answer> 5 </answer>.\n[model]\n 5 pens"] * 9
+    letters = [*map(chr, range(32, 127)), "\n", "\u2581", "\u2026"]
+    if kind is models.BPE:
+        raw, trainer = Tokenizer(models.BPE(unk_token="<unk>")), trainers.BpeTrainer(
+            vocab_size=vocabulary, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=letters, show_progress=False)
+    else:
+        raw, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(
+            vocab_size=vocabulary, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=letters, unk_token="<unk>", show_progress=False)
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    raw.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    raw.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=template)
+
+
+def test_examples_are_earlier_turns_of_the_same_form():
+    user, assistant, question = data.build_messages("2 + 3?", "Be brief.", [Example("1 + 1?", "Be kind.", "1 + 1 = 2.", "2")])
+    assert [user] == data.build_messages("1 + 1?", "Be kind.") and [question] == data.build_messages("2 + 3?", "Be brief.")
+    assert assistant == {"role": "assistant", "content": "<reasoning>1 + 1 = 2.</reasoning><answer>2</answer>"}
+
+
+@pytest.mark.parametrize("make", [lambda: tokenizer_with(TURNS + OPEN), metaspace_tokenizer])
+def test_a_prefill_is_tokenised_with_the_prompt(make):
+    tokenizer = make()
+    (plain,), (ids,) = (data.encode_prompts(tokenizer, [chat()], prefill=prefill) for prefill in ("", "<reasoning>"))
+    text = data.render(tokenizer, chat(), "here", add_generation_prompt=True)
+    assert ids == tokenizer(text + "<reasoning>", add_special_tokens=False)["input_ids"] != plain
+    assert tokenizer.decode(ids[len(plain):]) == "<reasoning>", "a space that nobody wrote, before the tag?"
+    with pytest.raises(InputError, match=f"at most {len(ids) - 1} are"):
+        data.encode_prompts(tokenizer, [chat()], len(ids) - 1, "<reasoning>")
+    assert "--prefill: contains '</s>'" in refusal(data.encode_prompts, tokenizer, [chat()], prefill="</s>")
+
+
+def test_a_control_token_in_an_example_is_refused_as_one_of_an_earlier_turn():
+    talk = data.build_messages("2 + 3?", "Be brief.", [Example("1 + 1?", "Be kind.", "2<|end|>", "2")])
+    assert "an earlier turn: contains '<|end|>'" in refusal(data.encode_prompts, tokenizer_with(TURNS + OPEN), [talk])
+
+
+def test_text_after_a_context_is_what_joint_tokenisation_gives():
+    tokenizer = metaspace_tokenizer()
+    context = "So 5.</reasoning>"
+    start, bridge = (data.encode_after(tokenizer, *texts) for texts in (("", context), (context, "<answer>")))
+    tail = data.encode_after(tokenizer, context + "<answer>", "29</answer>")
+    assert tokenizer.decode(start + bridge + tail) == context + "<answer>29</answer>", "a space before the tag?"
+    both, first = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("So 5. It is 5", "So 5. It"))
+    assert first + data.encode_after(tokenizer, "So 5. It", " is 5") == both
+    merging = tokenizer_with(TURNS + OPEN)  # trained on "</reasoning><answer>"
+    context, text = "</reasoning>", "<answer>"
+    alone, joint = (merging(t, add_special_tokens=False)["input_ids"] for t in (context, context + text))
+    assert joint[: len(alone)] != alone, "the case needs a token across the seam"
+    ids = data.encode_after(merging, context, text)
+    assert merging.decode(alone + ids) == context + text, "what the model has read must stay as it is"
+
+
+# Lengths
+
+def test_lengths_are_found_in_tokens_with_few_prompts(monkeypatch):
+    tokenizer = tokenizer_with(TURNS + OPEN)
+    questions = ["How many are left? " * 3, "\u7b97" * 40 + "?", *(f"{n} + 1?" for n in range(60))]
+    principles = ["State the given numbers first. " * 2, "\u68c0" * 30 + ".", "Be brief."]
+    assert max(questions, key=len) != questions[1] and max(principles, key=len) != principles[1]
+    count, encode = [], data.encode_prompts
+
+    def counted(tokenizer, talks, *rest):
+        count.append(len(talks))
+        return encode(tokenizer, talks, *rest)
+
+    monkeypatch.setattr(data, "encode_prompts", counted)
+    most = len(encode(tokenizer, [chat(questions[1], principles[1])])[0])
+    for limit in most, most + 100:
+        count.clear()
+        assert max(map(len, data.check_lengths(tokenizer, questions, principles, limit))) == most
+    assert sum(count) <= len(questions) + len(principles) + 2, "every pair was encoded"
+    message = refusal(data.check_lengths, tokenizer, questions, principles, most - 1)
+    assert "'\u7b97" in message and "'\u68c0" in message and f"{most} tokens" in message, message
+
+
+@pytest.mark.parametrize("kind, vocabulary", [(models.BPE, 900), (models.Unigram, 150)])
+def test_lengths_are_exact_for_tokenizers_without_word_boundaries(kind, vocabulary):
+    tokenizer, rng = metaspace_tokenizer(kind, vocabulary), random.Random(0)
+    pieces = "What is 2 + 3 ? brief. Principle: Write how 5 pens \n [model] < > answer".split(" ")
+    questions, principles = ([" ".join(rng.choices(pieces, k=rng.randint(1, 12))) + "?" for _ in range(n)] for n in (25, 9))
+    form = data.Form((Example("1 + 1?", "Be kind.", "2", "2"),), "<reasoning>")
+    lengths = {pair: len(form.encode(tokenizer, [pair])[0]) for pair in itertools.product(questions, principles)}
+    most = max(lengths.values())
+    assert max(map(len, data.check_lengths(tokenizer, questions, principles, most, form))) == most
+    for limit in range(most - 12, most):
+        assert f"at most {limit}" in refusal(data.check_lengths, tokenizer, questions, principles, limit, form)
+
+
+def test_a_pair_that_is_longer_than_its_parts_say_is_found(monkeypatch):
+    """A tokenizer in which every seam may cost up to two tokens more, or none."""
+    tokenizer, rng = tokenizer_with(TURNS), random.Random(0)
+    questions, principles = ([f"{name} {n}" for n in range(size)] for name, size in (("q", 12), ("p", 5)))
+    for _ in range(50):
+        parts = {text: rng.randint(1, 20) for text in questions + principles}
+        lengths = {data.build_messages(q, p)[0]["content"]: parts[q] + parts[p] + rng.randint(0, 2)
+                   for q, p in itertools.product(questions, principles)}
+        most = max(lengths.values())
+
+        def encode(tokenizer, talks, limit, prefill, lengths=lengths):
+            found = [lengths[talk[-1]["content"]] for talk in talks]
+            if max(found, default=0) > limit:
+                raise InputError("too long")
+            return [[0] * length for length in found]
+
+        monkeypatch.setattr(data, "encode_prompts", encode)
+        assert max(map(len, data.check_lengths(tokenizer, questions, principles, most))) == most
+        with pytest.raises(InputError):
+            data.check_lengths(tokenizer, questions, principles, most - 1)
+
+
+# The date, and the fingerprint
+
+FORMATS = ("%d %b %Y", "%Y-%m-%d", "%B %d, %Y", "%A", "%j/%U", "%H:%M", "%-d. %-m. %y", "%e", "%F", "on %a")
+
+
+def test_a_run_has_one_date(monkeypatch):
+    asked = "|".join("{{ strftime_now('" + format + "') }}" for format in FORMATS)
+    template = "\n  {% if strftime_now is defined %}{% set today = strftime_now('%d %b %Y') %}{% endif %}\n{{ today }}|" + asked + TURNS
+    tokenizer = tokenizer_with(template)
+    assert data.set_date(tokenizer, "2024-02-05") == "2024-02-05"
+    day = datetime.datetime(2024, 2, 5)
+    shown = data.render(tokenizer, chat(), "here")
+    head = "|".join(day.strftime(format) for format in ("%d %b %Y", *FORMATS))
+    assert shown == f"\n{head}<|turn|>user\n{chat()[0]['content']}<|end|>", "the date, or the template's white space, is wrong"
+    assert tokenizer.chat_template == template, "the model is saved with its own template"
+
+
+def test_a_date_that_nobody_set_is_that_of_the_first_prompt(monkeypatch):
+    class Clock(datetime.date):
+        now = "2026-03-01"
+
+        @classmethod
+        def today(cls):
+            return cls.fromisoformat(cls.now)
+
+    monkeypatch.setattr(data.datetime, "date", Clock)
+    tokenizer = tokenizer_with("Today is {{ strftime_now('%Y-%m-%d') }}." + TURNS)
+    first = data.render(tokenizer, chat(), "here")
+    Clock.now = "2026-03-02"
+    assert data.render(tokenizer, chat(), "here") == first and "2026-03-01" in first
+    assert tokenizer.run_date == "2026-03-01", "what a run records"
+    for wrong in "tomorrow", "2026-02-30", 20260301:
+        assert "YYYY-MM-DD" in refusal(data.set_date, tokenizer, wrong)
+
+
+def test_the_fingerprint_is_of_what_shapes_a_prompt_and_of_nothing_else():
+    class Generation:
+        eos_token_id = [1, 2]
+
+    def make(template="{{ strftime_now('%Y') }}" + TURNS + OPEN):
+        tokenizer = tokenizer_with(template)
+        data.set_date(tokenizer, "2026-03-01")
+        return tokenizer
+
+    same = data.prompt_fingerprint(make(), Generation)
+    used = make()
+    used(["a", "b c"], padding=True, truncation=True, max_length=8) if used.pad_token else used("a", truncation=True, max_length=8)
+    assert data.prompt_fingerprint(used, Generation) == same, "the last call's padding or truncation counts"
+    later, dateless = make(), make(TURNS + OPEN)
+    data.set_date(later, "2027-03-01")
+    before = data.prompt_fingerprint(dateless, Generation)
+    data.set_date(dateless, "2027-03-01")
+    assert data.prompt_fingerprint(dateless, Generation) == before, "its template writes no date"
+    added, normalised, ended = make(), make(), make()
+    added.add_tokens([AddedToken("<tool>", special=True)])
+    normalised.backend_tokenizer.normalizer = normalizers.NFKC()
+    ended.eos_token = "<|end|>"
+    changed = [data.prompt_fingerprint(t, Generation) for t in (later, dateless, added, normalised, ended, make("x" + TURNS + OPEN))]
+    changed += [data.prompt_fingerprint(make()), data.prompt_fingerprint(make(), Generation, data.Form((Example("a", "b", "c", "d"),))),
+                data.prompt_fingerprint(make(), Generation, data.Form(prefill="<reasoning>"))]
+    assert len({same, *changed}) == 1 + len(changed), "something that shapes the prompt is not in it"

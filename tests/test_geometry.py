@@ -1,4 +1,4 @@
-"""`metrics.py geometry`: every quantity against a case worked by hand, and the command on the embedded model."""
+"""geometry.py: every quantity against a case worked by hand, and the command on the embedded model."""
 
 import copy
 import importlib.util
@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
+import transformers
 
-import commands
 import geometry
 import metrics
 import policy
@@ -161,11 +161,10 @@ def test_the_command_on_a_moved_model(tmp_path, capsys):
     moved_model(tmp_path / "moved")
     out = tmp_path / "g.json"
     flags = ["--num-questions", "3", "--num-tokens", "200", "--max-completion-length", "24", "--json", str(out)]
-    assert commands.main(["geometry", "--base", "tiny", "--trained", str(tmp_path / "moved"), "--principles", PRINCIPLES,
-                         *flags]) == 0
-    told = capsys.readouterr().out
+    assert geometry.main(["--base", "tiny", "--trained", str(tmp_path / "moved"), "--principles", PRINCIPLES, *flags]) == 0
+    shown = capsys.readouterr().out
     result = json.loads(out.read_text())
-    assert len(result["layers"]) == 5 and "CKA" in told and "Fisher-Rao" in told
+    assert len(result["layers"]) == 5 and "CKA" in shown and "Fisher-Rao" in shown
     for row in result["layers"]:
         assert row["sinkhorn"] > 0 and row["sinkhorn_error"] < 1e-3 and row["bures_wasserstein"] > 0
         assert 0 < row["linear_cka"] < 1 and 0 <= row["drift_in_span"] <= 1 and row["random_span"] == 7 / 128
@@ -176,10 +175,23 @@ def test_the_command_on_a_moved_model(tmp_path, capsys):
     assert plots <= seen and len(seen) == 2 + len(plots), "a file aside was left"
 
 
+def test_a_plot_that_fails_is_one_line_and_the_numbers_stay(tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("latex could not be found")
+
+    monkeypatch.setattr(geometry, "_layer_plot", broken)
+    flags = ["--num-questions", "1", "--num-tokens", "60", "--max-completion-length", "8", "--json", str(tmp_path / "g.json")]
+    assert geometry.main(["--base", "tiny", "--trained", "tiny", "--principles", PRINCIPLES, *flags]) == 0
+    shown = capsys.readouterr()
+    assert len(json.loads((tmp_path / "g.json").read_text())["layers"]) == 5 and "CKA" in shown.out
+    reason = "latex could not be found" if importlib.util.find_spec("matplotlib") else "pip install matplotlib"
+    assert f"no plot: {reason}\n" in shown.err
+
+
 def test_a_model_compared_with_itself_has_not_moved(tmp_path):
     out = tmp_path / "g.json"
     flags = ["--num-questions", "2", "--num-tokens", "100", "--max-completion-length", "16", "--json", str(out)]
-    assert commands.main(["geometry", "--base", "tiny", "--trained", "tiny", "--principles", PRINCIPLES, *flags]) == 0
+    assert geometry.main(["--base", "tiny", "--trained", "tiny", "--principles", PRINCIPLES, *flags]) == 0
     result = json.loads(out.read_text())
     for row in result["layers"]:
         assert abs(row["sinkhorn"]) < 1e-4 * row["scale"] ** 2 and row["mean_shift"] == 0
@@ -191,7 +203,7 @@ def test_a_model_compared_with_itself_has_not_moved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, parts",
     [
         (["--trained", "{tmp}/none"], ["--trained", "none", "safetensors"]),
         (["--base", "{tmp}/none"], ["--base", "none"]),
@@ -203,22 +215,19 @@ def test_a_model_compared_with_itself_has_not_moved(tmp_path):
         (["--such", "1"], ["--such", "--help"]),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(flags, told, tmp_path, capsys):
+def test_bad_input_is_one_line_and_status_2(flags, parts, tmp_path, capsys):
     defaults = {"--base": "tiny", "--trained": "tiny", "--principles": PRINCIPLES}
     flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     flags = flags + [part for pair in defaults.items() if pair[0] not in flags for part in pair]
-    assert commands.main(["geometry", *flags]) == 2
+    assert geometry.main(flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, f"more than one line: {error}"
-    assert all(part in error for part in told), error
+    assert all(part in error for part in parts), error
 
 
 def test_a_model_of_another_shape_is_refused(tmp_path, capsys):
-    tokenizer = policy.AutoTokenizer.from_pretrained(tiny.MODEL_DIR)
-    model = tiny.make_model(tokenizer)
-    model.config.num_hidden_layers = 2
-    type(model)(model.config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    command = ["geometry", "--base", "tiny", "--trained", str(tmp_path), "--principles", PRINCIPLES]
-    assert commands.main(command) == 2
+    config = transformers.AutoConfig.from_pretrained(tiny.MODEL_DIR, num_hidden_layers=2)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny.make_tokenizer().save_pretrained(tmp_path)
+    assert geometry.main(["--base", "tiny", "--trained", str(tmp_path), "--principles", PRINCIPLES]) == 2
     assert "another shape" in capsys.readouterr().err

@@ -20,13 +20,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import commands
 import geometry
 import policy
+import run
 import si
 import tiny
 import train
 from preferences import encode_pairs, with_reference
+from settings import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO = b"Be brief.\nShow every step.\n"
@@ -231,6 +232,16 @@ CASES = [
     ("questions too few", questions(QUESTIONS.splitlines()[0]), "0 up to one less"),
     ("questions an answer that stalls regular expressions", question(answer="," * 3000 + "5" + "," * 3000 + "x"), None),
     ("questions a pipe", made("--dataset", "q.jsonl", os.mkfifo), "q.jsonl: is a pipe or a device"),
+    ("questions csv of texts that pandas takes for nothing", questions(b"question,answer\na?,NA\nb?,None\nc?,7\nd?,007\n", "q.csv"), answers("NA", "None", "7", "007")),
+    ("questions csv with a quote left open", questions(b'question,answer\na?,1\n"b?,2\nc?,3\n', "q.csv"), "q.csv:3: unexpected end"),
+    ("questions csv with a comma too many", questions(b"question,answer\na?,1\nb, or c?,2\n", "q.csv"), "q.csv:3: has 3 cells, and the header 2"),
+    ("questions csv with a column nearly right", questions(b"Question,answer\na?,1\n", "q.csv"), "has no column 'question'; did you mean 'Question'?"),
+    ("questions csv with an answer column nearly right", questions(b"question, answer\na?, 1\n", "q.csv"), "has no column 'answer'; did you mean ' answer'?"),
+    ("questions csv of one huge cell", questions(b"question\na?\n" + b"a" * HUGE, "q.csv"), "q.csv:3: the line is too long"),
+    ("questions csv of a cell of many lines", questions(b'question\n"' + (b"a" * 999 + b"\n") * 2000 + b'"\n', "q.csv"), "q.csv:2: field larger"),
+    ("questions csv with a header of commas", questions(b",,\n,,\n", "q.csv"), "q.csv: has no question"),
+    ("questions csv binary", questions(bytes(range(256)), "q.csv"), "q.csv:"),
+    ("questions parquet cut", questions(b"PAR1" + b"\0" * 99 + b"PAR1", "q.parquet"), "q.parquet: cannot be read"),
     # preference pairs
     ("pairs empty", pairs(b""), "has no pair"),
     ("pairs binary", pairs(b"\0\1\2\xff"), "pairs.jsonl:1"),
@@ -306,7 +317,7 @@ CASES = [
     ("output not empty", made("--output-dir", "run", lambda p: (p.mkdir(), write(p / "kept", b"kept"))), "--output-dir"),
     ("output a link to itself", made("--output-dir", "run", lambda p: p.symlink_to(p)), "run"),
     ("output a name too long", flags("--output-dir", "{tmp}/" + "r" * 300), "File name too long"),
-    # the commands of metrics.py
+    # the commands before and after training
     ("si accepted", command("si", "--propose", "1", "--select", "2"), None),
     ("si principles a pipe", lambda tmp: ["si", *made("--principles", "p.txt", os.mkfifo)(tmp)], "is a pipe or a device"),
     ("si model with NaN", lambda tmp: ["si", *weights(lambda w: w[UP][0].fill_(NAN))(tmp)], "--model"),
@@ -324,8 +335,10 @@ CASES = [
     ("geometry base a pickle", lambda tmp: ["geometry", "--trained", "tiny", "--base", model(pickled)(tmp)[1]], "--base"),
     ("geometry tokens nan", command("geometry", "--base", "tiny", "--trained", "tiny", "--num-tokens", "nan"), "--num-tokens"),
     ("geometry without models", command("geometry"), "--base"),
-    ("no such command", command("sigh"), "si and geometry"),
 ]
+
+
+COMMANDS = {"si": si.main, "geometry": geometry.main}
 
 
 @pytest.fixture(scope="module")
@@ -359,8 +372,7 @@ def stops(monkeypatch, tiny_model):
     monkeypatch.setattr(train, "load_data", read)
     for module in (si, geometry):
         monkeypatch.setattr(module, "sample_chains", accept)
-    monkeypatch.setattr(train, "load_model", load)
-    monkeypatch.setattr(commands, "load_model", load)
+    monkeypatch.setattr(policy, "load_model", load)
 
     def hangs(*args):
         raise AssertionError(f"a hang: nothing within {SECONDS} s")
@@ -375,7 +387,7 @@ def stops(monkeypatch, tiny_model):
 def complete(argv, tmp):
     """The command line with sound values for what the case does not set."""
     sound = {"--principles": lambda: write(tmp / "sound.txt", TWO), "--dataset": lambda: write(tmp / "sound.jsonl", QUESTIONS)}
-    if argv[:1] not in (["si"], ["geometry"], ["sigh"]):
+    if argv[:1] not in (["si"], ["geometry"]):
         sound |= {"--output-dir": lambda: str(tmp / "run"), "--eval-questions": lambda: "1", "--num-principles": lambda: "2"}
         if "--preferences" in argv:
             del sound["--principles"], sound["--dataset"]
@@ -393,7 +405,7 @@ def test_hostile_input(build, expected, stops, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = complete(build(tmp_path), tmp_path)
     before = tree(tmp_path)
-    main = commands.main if argv[0] in ("si", "geometry", "sigh") else train.main
+    main, argv = (COMMANDS[argv[0]], argv[1:]) if argv[0] in COMMANDS else (train.main, argv)
     try:
         status, found = main(argv), None
     except Accepted as accepted:
@@ -415,7 +427,7 @@ def test_as_commands(tmp_path):
     small = "--num-questions 1 --num-generations 2 --max-steps 1 --max-completion-length 8 --eval-steps 0".split()
     commands = {
         "train.py": complete(made("--principles", "p.txt", os.mkfifo)(tmp_path), tmp_path),
-        "metrics.py": complete(["si", *model(pickled)(tmp_path)], tmp_path),
+        "si.py": complete(["si", *model(pickled)(tmp_path)], tmp_path)[1:],
         "train.py ": complete([*principles("Be kind 🙂.\nהצג כל שלב.\n", "rtl.txt")(tmp_path), *small, "--output-dir", "rtl"], tmp_path),
     }
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
@@ -429,20 +441,20 @@ def test_as_commands(tmp_path):
     assert "\\u05d4" in ends[2][0] or "\\U0001f642" in ends[2][0], f"no principle in the report: {ends[2][0]}"
 
 
-@pytest.mark.parametrize("flags", [["--lambda-mi", "0"], ["--lambda-ot", "0"], ["--preferences"]])
-def test_a_model_that_breaks_down_in_training_is_no_traceback(flags, tiny_model):
+@pytest.mark.parametrize("terms", [{"lambda_mi": 0.0}, {"lambda_ot": 0.0}, {"preferences": "tiny"}], ids=str)
+def test_a_model_that_breaks_down_in_training_is_no_traceback(terms, tiny_model):
     sound, tokenizer = tiny_model
-    model = copy.deepcopy(sound)
+    model, step = copy.deepcopy(sound), run.Step()
     model.model.norm.weight.data.fill_(NAN)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if "preferences" in terms:
+        config = Config(**terms)
+        step.pairs = with_reference(sound, encode_pairs(sound, tokenizer, tiny.make_pairs(2, True)), 1.0)
+    else:
+        config = Config(principles="p.txt", num_principles=2, max_completion_length=8, **terms)
+        tasks = train.draw(tiny.make_questions(4, True), tiny.principles(), config, 0)
+        step.batch = train.sample(sound, tokenizer, tasks, 2, config)
+        train.add_rewards(step.batch, config)
+        step.batch.start = train.read_start(sound, sound, step.batch, config)
+    config.check()
     with pytest.raises(FloatingPointError):
-        if flags == ["--preferences"]:
-            pairs = encode_pairs(sound, tokenizer, tiny.make_pairs(2, True))
-            pairs = with_reference(sound, pairs, 1.0)
-            train.update(model, optimizer, train.parse(["--preferences", "tiny"]), pairs=pairs)
-        else:
-            config = train.parse(["--principles", "p.txt", "--num-principles", "2", "--max-completion-length", "8", *flags])
-            drawn = train.draw(tiny.make_questions(4, True), tiny.principles(), config, 0)
-            batch = train.roll_out(sound, tokenizer, *drawn, 2, config, [q.text for q in drawn[0]])
-            train.refer(sound, batch, config)
-            train.update(model, optimizer, config, batch)
+        train.update(model, torch.optim.SGD(model.parameters(), lr=0.1), step, config)

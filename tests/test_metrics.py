@@ -1,11 +1,16 @@
-"""metrics.py: the estimates against exact mutual information, the interval's coverage, and what counts as right."""
+"""metrics.py: the estimates against exact mutual information, one SI for all, the interval's coverage, answers."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
 import metrics
+import settings
+import si
+import tiny
+import train
 
 
 def channel(num, letters, sharpness=1.5, seed=0):
@@ -26,7 +31,7 @@ def draw_scores(log_p, num, seed=0):
 @pytest.mark.parametrize("num", range(2, 9))
 def test_the_estimate_is_the_exact_information_of_a_channel(num):
     log_p, exact = channel(num, 6, seed=num)
-    info = metrics.row_information(draw_scores(log_p, 20_000)).mean(1)  # [N]
+    info = metrics.information(draw_scores(log_p, 20_000)).mean(1)  # [N]
     error, sigma = info.mean().item() - exact, (info.std() / len(info) ** 0.5).item()
     assert abs(error) < 4 * sigma, f"off by {error / sigma:.1f} standard errors: a bound, not the estimate?"
     estimate = metrics.mutual_information(draw_scores(log_p, 20_000))
@@ -41,6 +46,54 @@ def test_sufficiency_is_one_for_a_sufficient_statistic_and_zero_for_noise():
     mistaken = torch.zeros(3, 2, 2)
     mistaken[:, 0, 1] = 5.0
     assert metrics.sufficiency_index(mistaken)[0] == 0, "a critic worse than chance must not give a negative share"
+
+
+@pytest.mark.parametrize("estimator", ["row", "posterior"])
+def test_a_set_has_the_mean_of_its_principles_unless_one_is_below_0(estimator):
+    scores = draw_scores(channel(4, 6)[0], 300)
+    by_principle = metrics.sufficiency_index(scores, estimator)  # [K]
+    assert (by_principle > 0).all()
+    torch.testing.assert_close(metrics.set_sufficiency_index(scores, estimator), by_principle.mean())
+    nats = metrics.information(scores, estimator).mean(1)  # [N]
+    by_interval = metrics.sufficiency_interval(nats, 4)
+    assert math.isclose(by_interval["mean"], metrics.set_sufficiency_index(scores, estimator), rel_tol=1e-9)
+    assert by_interval["low"] < by_interval["mean"] < by_interval["high"]
+
+
+def test_of_principles_that_say_little_the_set_si_is_not_inflated_by_a_clamp_for_each():
+    """8 questions at a time: a clamp before the mean over principles would leave the upper half of the noise."""
+    log_p, exact = channel(6, 8, sharpness=0.3)
+    batches = draw_scores(log_p, 200 * 8).reshape(200, 8, 6, 6)
+    true = exact / math.log(6)  # 0.019
+    together = torch.stack([metrics.set_sufficiency_index(batch) for batch in batches]).mean()
+    clamped_first = torch.stack([metrics.sufficiency_index(batch).mean() for batch in batches]).mean()
+    assert abs(together - true) < 0.1 * true, f"SI of the set is {together:.4f}, true {true:.4f}"
+    assert clamped_first > 1.5 * true, "were this not so, the order would not matter, and the docstring be wrong"
+
+
+def test_numbers_and_tensors_have_one_si_and_nan_is_not_hidden():
+    assert metrics.sufficiency(-0.3, 4) == 0 and metrics.sufficiency(math.log(4), 4) == 1
+    torch.testing.assert_close(metrics.sufficiency(torch.tensor([-0.3, math.log(2)]), 4), torch.tensor([0.0, 0.5]))
+    assert math.isnan(metrics.sufficiency(math.nan, 4)) and metrics.sufficiency(torch.tensor(math.nan), 4).isnan()
+
+
+def test_training_evaluation_and_si_show_one_number_for_the_same_scores():
+    """What train.py logs of a step, what eval.json has, and what `python si.py` calls row MI and SI."""
+    scores = draw_scores(channel(4, 6)[0], 24).float()  # [N, K, K]: 24 questions, one completion for each principle
+    step = train.information_terms(scores.reshape(6, 4, 4, 4), settings.Config())  # [Q, G, K, K]
+    logged = metrics.sufficiency(float(step["mi_row"]), 4)
+    evaluated = metrics.sufficiency_interval(metrics.information(scores).mean(1), 4)["mean"]
+    chain = si.Chain("<reasoning>a</reasoning><answer>1</answer>", [1], [1], [1], True, False)
+    shown = si.summarise_si(
+        tiny.principles()[:4], [""] * 4, tiny.make_questions(24, True), [[chain] * 4] * 24, scores,
+        torch.zeros(24, 4, 4), 4,
+    )["set"]
+    assert math.isclose(logged, evaluated, rel_tol=1e-5)
+    assert math.isclose(logged, metrics.set_sufficiency_index(scores), rel_tol=1e-5)
+    assert math.isclose(step["mi_row"], shown["mi_row"], rel_tol=1e-5)
+    assert math.isclose(step["mi_column"], shown["mi_column"], rel_tol=1e-5)
+    by_posterior = metrics.set_sufficiency_index(scores, "posterior")
+    assert math.isclose(shown["si"]["mean"], by_posterior, rel_tol=1e-5) and abs(logged - by_posterior) < 0.2
 
 
 def test_sufficiency_belongs_to_the_principle_that_wrote():
@@ -70,7 +123,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     log_p, exact = channel(4, 6)
     hits = 0
     for seed in range(200):
-        info = metrics.row_information(draw_scores(log_p, 100, seed)).mean(1)  # [N]
+        info = metrics.information(draw_scores(log_p, 100, seed)).mean(1)  # [N]
         low, high = metrics.bootstrap_interval(info, resamples=500, seed=seed)
         hits += bool(low <= exact <= high)
     assert 180 <= hits <= 199, f"a 95% interval held the exact value in {hits} of 200 repetitions"
@@ -90,7 +143,10 @@ def test_interval_of_the_mean_matches_the_normal_one_and_its_limits():
 
 @pytest.mark.parametrize("shape", [(3, 3), (2, 3, 4), (2, 1, 3, 3)])
 def test_shapes_are_checked(shape):
-    for function in (metrics.mutual_information, metrics.sufficiency_index, metrics.row_information):
+    for function in (
+        metrics.mutual_information, metrics.sufficiency_index, metrics.set_sufficiency_index, metrics.information,
+        metrics.column_information, metrics.reach, metrics.confusion,
+    ):
         with pytest.raises(ValueError, match=r"\[N, K, K\]"):
             function(torch.zeros(shape))
 
@@ -100,8 +156,13 @@ def test_scores_that_are_not_finite_are_refused():
     scores[0, 1, 1] = float("nan")
     with pytest.raises(ValueError, match="finite"):
         metrics.mutual_information(scores)
-    with pytest.raises(ValueError, match="K >= 2"):
-        metrics.sufficiency_index(torch.zeros(2, 1, 1))
+    for function in (metrics.sufficiency_index, metrics.set_sufficiency_index):
+        with pytest.raises(ValueError, match="K >= 2"):
+            function(torch.zeros(2, 1, 1))
+    with pytest.raises(ValueError, match="got 'rows'"):
+        metrics.information(torch.zeros(2, 3, 3), "rows")
+    with pytest.raises(ValueError, match="1 to K = 3 candidates, got 4"):
+        metrics.information(torch.zeros(2, 3, 3), num_candidates=4)
 
 
 @pytest.mark.parametrize(
@@ -127,3 +188,64 @@ def test_scores_that_are_not_finite_are_refused():
 )
 def test_what_counts_as_right(text, answer, right):
     assert metrics.answer_is_right(text, answer) == right
+
+
+@pytest.mark.parametrize(
+    "said, answer, right",
+    [
+        ("0.5", ".5", True), ("5", ".5", False), (".5", "0.50", True), ("$.50", "0.5", True), ("-$5", "-5", True),
+        ("\u22125", "-5", True), ("5", "\u22125", False), ("-5", "\u22125", True), ("3\u20135", "5", True),
+        ("1/2", "2", False), ("1/2", "0.5", True), ("\u00bd", "1/2", True), ("2\u00bd", "2.5", True), ("2 1/2", "5/2", True),
+        (r"\frac{1}{2}", "2", False), (r"\dfrac{3}{4}", ".75", True), ("10 6/2", "3", True), ("1/3", "0.333", False),
+        ("10^3", "3", False), ("10^3", "1000", True), ("1e3", "1,000", True), ("10\u00b3", "1000", True), ("2**10", "1024", True),
+        (r"5 \times 10^{-2}", "0.05", True), ("5 m\u00b2", "5", True), ("4 = x^2", "2", False), ("**12**", "12", True),
+        ("so...5", "5", True), ("version 1.2.5", "5", False), ("50%", "50", True), ("007", "7", True),
+        ("9007199254740993", "9007199254740992", False), ("10^99999", "99999", False), ("1/0", "0", False),
+        ("10^99999", "10^99999", True), ("9" * 5000, "9" * 5000, True), ("2024/05/01", "2024/05/01", True),
+        ("Room 5", "Room 5", True), ("5", "Room 5", False),
+    ],
+)
+def test_numbers_are_compared_by_value_however_written(said, answer, right):
+    assert metrics.answer_is_right(f"<answer>{said}</answer>", answer) == right, (
+        f"{metrics._numbers(said)} said, {metrics._numbers(answer)} expected")
+
+
+@pytest.mark.parametrize("value", [-0.087, 1e-300, 1e150, 0.0])
+def test_points_that_are_all_equal_have_no_rank_and_no_alignment(value):
+    same = torch.full((3, 8), value, dtype=torch.float64)  # their mean is not quite their value
+    spread = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert metrics.effective_rank(same).isnan(), "rounding of the mean counts as variance"
+    assert metrics.linear_cka(same, spread).isnan() and metrics.linear_cka(spread, same).isnan()
+    assert metrics.effective_rank(spread) > 1 and metrics.linear_cka(spread, spread) > 0.999
+
+
+def unbiased_hsic(x, y):
+    """Song et al. 2012, as a mean over quadruples of different points: no shared term, hence no bias."""
+    a, b = x @ x.T, y @ y.T  # [n, n] both
+    quadruples = list(itertools.permutations(range(len(x)), 4))
+    return sum(a[i, j] * (b[i, j] + b[r, s] - 2 * b[i, r]) for i, j, r, s in quadruples) / len(quadruples)
+
+
+def test_debiased_alignment_is_the_mean_over_different_points():
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(6, d, generator=generator, dtype=torch.float64) + 3 for d in (4, 5))
+    y = y + x[:, :1]
+    expected = unbiased_hsic(x, y) / (unbiased_hsic(x, x) * unbiased_hsic(y, y)).sqrt()
+    torch.testing.assert_close(metrics.linear_cka(x, y, debiased=True), expected)
+
+
+def test_debiased_alignment_is_zero_by_chance_and_one_after_a_rotation():
+    generator = torch.Generator().manual_seed(2)
+    n, d = 40, 60
+    plain, debiased = [], []
+    for _ in range(30):
+        x, y = (torch.randn(n, d, generator=generator, dtype=torch.float64) for _ in range(2))
+        plain.append(metrics.linear_cka(x, y))
+        debiased.append(metrics.linear_cka(x, y, debiased=True))
+    assert abs(torch.stack(plain).mean() - d / (n + d)) < 0.02, "the level that chance gives"
+    mean, error = torch.stack(debiased).mean(), torch.stack(debiased).std() / 30**0.5
+    assert abs(mean) < 4 * error < 0.04, "independent clouds must give 0"
+    turn = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    assert math.isclose(metrics.linear_cka(x, 3 * x @ turn + 1, debiased=True), 1, abs_tol=1e-9)
+    with pytest.raises(ValueError, match="4 or more"):
+        metrics.linear_cka(x[:3], y[:3], debiased=True)

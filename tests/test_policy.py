@@ -1,5 +1,6 @@
 """policy.py: the shared prefix, chunks, sampling and spans, against the plain way of doing each."""
 
+import inspect
 import math
 
 import pytest
@@ -92,6 +93,17 @@ def test_sliding_window_matters_in_that_test():
         model.config.sliding_window = 100
         wide = score(model, tokens, mask)
     assert (narrow - wide).abs().max() > 1e-3, "the window changes nothing, so the Gemma test would not see a wrong one"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_common_beginning_changes_no_score(name):
+    """Of 8 tokens, more than Gemma's window: padding between it and the rest of a prompt would move that window."""
+    model, (tokens, mask) = make_model(name), make_completions()
+    prompts = [list(range(20, 28)) + prompt[1:] for prompt in PROMPTS]
+    with torch.no_grad():
+        together = policy.hidden_states(model, prompts, tokens, mask)  # [P, N, T, d]
+        alone = [policy.hidden_states(model, [p], t[None], m[None]) for p, t, m in zip(prompts, tokens, mask)]
+    torch.testing.assert_close(together, torch.cat(alone))
 
 
 def test_chunked_log_probs_equal_unchunked_in_value_and_gradient():
@@ -197,66 +209,23 @@ def test_a_sample_depends_on_its_prompt_and_its_numbers_not_on_the_batch():
         assert torch.equal(together.mask[p, :, :width], alone.mask[0]) and not together.mask[p, :, width:].any()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
-def test_the_static_step_samples_what_the_eager_one_does(name):
-    """With Gemma-3's window of 5 shorter than prompt and completion, left padding, rows that end and rows that do not."""
-    model = make_model(name)  # float64: attention over the room for what is to come rounds otherwise
-    uniform = policy.uniform_numbers([f"prompt {p}" for p in range(len(PROMPTS))], 5, 40)  # [P, N, T]
-    eager, static = (policy.sample(model, PROMPTS, uniform, 1.0, [2, 50, 51], 0, cuda_graphs=on) for on in (0, 1))
-    assert eager.truncated.any() and eager.mask[~eager.truncated].sum() > 0
-    for field in ("tokens", "mask", "truncated"):
-        assert torch.equal(getattr(eager, field), getattr(static, field)), field
-    torch.testing.assert_close(eager.entropy, static.entropy)
-
-
-def test_the_static_step_stops_once_all_rows_have_ended(monkeypatch):
-    model, calls, draw = make_model("llama"), [], policy._draw
-    monkeypatch.setattr(policy, "_draw", lambda *args: calls.append(1) or draw(*args))
-    uniform = torch.rand(3, 2, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))  # [P, N, T]
-    out = policy.sample(model, PROMPTS, uniform, 1.0, list(range(48)), 0, cuda_graphs=True)
-    assert not out.truncated.any() and len(calls) <= out.mask.shape[-1] + policy.TOKENS_PER_CHECK < 60
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
-def test_the_static_step_can_be_captured(name):
-    """No value comes to the host (a meta tensor has none) and no tensor comes from it, as a CUDA graph demands."""
-    model, from_host = make_model(name, torch.float32).to("meta"), []
-
-    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs, out)) if torch.is_tensor(t)]
-            from_host.extend(function for t in tensors if t.device.type != "meta")
-            return out
-
-    def empty(*shape, dtype=torch.long):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    counts = []
-    for length in (1, 4):  # the first step may: it is not captured
-        from_host.clear()
-        layers = [(empty(3, 2, 7, 8, dtype=torch.float32),) * 2 for _ in range(3)]  # [P, H, L-1, D] both
-        uniform, mask = empty(6, length, dtype=torch.float64), empty(6, 7, dtype=torch.bool)  # [R, T], [R, L-1]
-        with torch.no_grad(), Spy():
-            policy._decode_static(model, layers, empty(6), mask, empty(6), uniform, 1.0, empty(2), 0)
-        counts.append(len(from_host))
-    assert counts[0] == counts[1], f"the step takes tensors from the host: {set(from_host)}"
-
-
 def test_decoding_in_bfloat16_keeps_the_cache_in_it(monkeypatch):
     """The library's cache promotes bfloat16 values to the float32 of rotated keys; attention rounds both again."""
-    model, seen = make_model("gemma3", torch.float32), set()
+    model, seen, update = make_model("gemma3", torch.float32), set(), policy._RoomyLayer.update
     model.bf16 = True
-    for layer in (policy._RoomyLayer, policy._FixedLayer):
-        def update(self, *args, real=layer.update):
-            out = real(self, *args)
-            seen.update((type(self).__name__, states.dtype) for states in out)
-            return out
-        monkeypatch.setattr(layer, "update", update)
+
+    def spy(self, *args, **kwargs):
+        out = update(self, *args, **kwargs)
+        seen.update(states.dtype for states in out)
+        return out
+
+    monkeypatch.setattr(policy._RoomyLayer, "update", spy)
     uniform = policy.uniform_numbers(["a", "b", "c"], 16, 12)  # [P, N, T]
-    eager, static = (policy.sample(model, PROMPTS, uniform, 1.0, [2], 0, cuda_graphs=on) for on in (0, 1))
-    assert seen == {("_RoomyLayer", torch.bfloat16), ("_FixedLayer", torch.bfloat16)}
-    assert (eager.tokens[..., 0] == static.tokens[..., 0]).float().mean() > 0.9
+    coarse = policy.sample(model, PROMPTS, uniform, 1.0, [2], 0)
+    assert seen == {torch.bfloat16}
+    model.bf16 = False
+    fine = policy.sample(model, PROMPTS, uniform, 1.0, [2], 0)
+    assert (coarse.tokens[..., 0] == fine.tokens[..., 0]).float().mean() > 0.9
 
 
 def test_sampling_never_takes_a_token_of_probability_zero():
@@ -318,12 +287,46 @@ def test_a_tag_of_several_tokens_ends_the_span_with_its_last_token():
     assert tokenizer.decode(ids[span]) == "ab</reasoning>"
 
 
-def test_end_tokens_come_from_both_the_generation_config_and_the_tokenizer():
+def test_end_tokens_come_from_generation_config_tokenizer_and_template():
     model, tokenizer = make_model("llama"), tiny.make_tokenizer()
     model.generation_config.eos_token_id = [1, 90]
     assert policy.eos_ids(model, tokenizer) == sorted({1, 90, tokenizer.eos_token_id})
     model.generation_config.eos_token_id = None
     assert policy.eos_ids(model, tokenizer) == [tokenizer.eos_token_id]
+    # as in models whose base lists <eos> alone, and whose turns end with another token
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert policy.eos_ids(model, tokenizer) == sorted({tokenizer.eos_token_id, turn_end})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} and a word{% endfor %}"
+    assert policy.eos_ids(model, tokenizer) == [tokenizer.eos_token_id], "what follows the text is no control token"
+    tokenizer.chat_template = "{{ raise_exception('no assistant') }}"
+    assert policy.eos_ids(model, tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_a_text_loses_its_end_token_and_nothing_else():
+    """What stands behind the answer must reach the format check: padding or a new turn that the model wrote is text."""
+    tokenizer = tiny.make_tokenizer()
+    eos, pad, user = tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|user|>")
+    answer = "<reasoning>a</reasoning><answer>1</answer>"
+    body = tiny.encode(tokenizer, answer)
+    rows = [body + [eos], body, body + [pad, eos], body + [user] * 3, body + [eos, eos], []]
+    tokens = torch.full((2, 3, len(body) + 3), pad)  # [2, 3, T]
+    mask = torch.zeros_like(tokens, dtype=torch.bool)  # [2, 3, T]
+    for n, row in enumerate(rows):
+        tokens[n // 3, n % 3, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[n // 3, n % 3, : len(row)] = True
+    pad, user, eos_text = (tokenizer.convert_ids_to_tokens(t) for t in (pad, user, eos))
+    assert policy.decode(tokenizer, tokens, mask, [eos]) == [
+        [answer, answer, answer + pad], [answer + user * 3, answer + eos_text, ""]
+    ]
+
+
+def test_the_cache_goes_in_under_the_name_that_the_library_has_for_it(recwarn):
+    kind = type(make_model("llama").get_decoder())
+    assert policy._cache_name(kind) in inspect.signature(kind.forward).parameters
+    sample(make_model("llama"))
+    assert not [w for w in recwarn if "past_key_values" in str(w.message)]
 
 
 def test_a_model_that_scales_its_logits_unknown_to_us_is_refused():
@@ -337,7 +340,7 @@ def test_a_model_that_scales_its_logits_unknown_to_us_is_refused():
         return out
 
     model.forward = scaled
-    with pytest.raises(ValueError, match="logits"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM gives other samples or scores .* by [0-9.]+ nats"):
         policy.check_model(model)
 
 
@@ -354,3 +357,26 @@ def test_shapes_are_checked(shape):
     model = make_model("llama", torch.float32)
     with pytest.raises(ValueError, match=r"expected tokens and mask \[P=3, N, T\]"):
         policy.hidden_states(model, PROMPTS, torch.ones(shape).long(), torch.ones(shape).bool())
+
+
+@torch.no_grad()
+def test_states_of_the_cloud_alone_are_those_of_the_whole_reading_and_cost_fewer_tokens(monkeypatch):
+    model, torch_rng = make_model("llama"), torch.Generator().manual_seed(3)
+    prompts = [PROMPTS[:2], PROMPTS[1:]]  # Q = 2, K = 2
+    tokens = torch.randint(3, 96, (2, 2, 3, 6), generator=torch_rng)  # [Q, K, G, T]
+    mask = torch.arange(6) < torch.tensor([[6, 4, 1], [5, 6, 2]])[..., None].expand(2, 2, 3, 1)  # [Q, K, G, T]
+    cloud = torch.tensor([[2, 0, 18], [1, 23, 11]])  # [Q, n] into K·G·T = 36; 23 and 11 are off the mask
+    states = {}
+    for own_logp in (False, True):
+        read, token_states = [], policy.token_states
+
+        def counted(*arguments, read=read, token_states=token_states):
+            read.append(arguments[3].sum())
+            return token_states(*arguments)
+
+        monkeypatch.setattr(policy, "token_states", counted)
+        states[own_logp] = policy.score_matrix(model, prompts, tokens, mask, mask, 1.0, 0, cloud, own_logp)[1]
+        monkeypatch.undo()
+        assert read == [48 if own_logp else 3 + 1 + 2]
+    torch.testing.assert_close(states[False], states[True])
+    assert (states[True][1, 1:] == 0).all() and states[True][0].abs().sum() > 0

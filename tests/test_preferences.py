@@ -7,16 +7,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 import policy
 import preferences
+import settings
 import tiny
 import train
-from data import InputError, load_preferences
+from data import InputError, encode_preferences, load_preferences
 from metrics import answer_is_right
+from run import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "2 + 3?"), ("assistant", "5"), ("assistant", "6")))
+
+
+def configured(**values):
+    config = settings.Config(preferences="tiny", **values)
+    config.check()
+    return config
+
+
+def step(model, optimizer, pairs, config):
+    """One optimiser step on pairs; the means of its terms."""
+    taken = Step(pairs=pairs)
+    train.update(model, optimizer, taken, config)
+    return taken.passes[0]
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +72,20 @@ def test_the_formats_of_trl_are_read(row, prompt, chosen, rejected, tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["parquet", "csv"])
-def test_other_files_come_through_datasets(ending, tmp_path):
+def test_tables_are_read_as_the_same_rows(ending, tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"prompt": f"{n} + 3?", "chosen": f" is {n + 3}", "rejected": " is 0"} for n in (1, 2)])
     path = str(tmp_path / f"pairs.{ending}")
     getattr(rows, f"to_{ending}")(path)
     assert [(p.prompt, p.chosen, p.rejected) for p in load_preferences(path)] == [("1 + 3?", " is 4", " is 0"), ("2 + 3?", " is 5", " is 0")]
+
+
+def test_a_csv_of_pairs_keeps_every_text_as_it_stands(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text('prompt,chosen,rejected,answer\n"Is it, or not?", NA,None,007\n,"a: 1","a: 2",\n')
+    (first, second) = load_preferences(path)
+    assert (first.prompt, first.chosen, first.rejected, first.answer) == ("Is it, or not?", " NA", "None", "007")
+    assert (second.prompt, second.chosen, second.answer) == ("a:", " 1", None), "an empty cell is a missing one"
 
 
 OK = {"prompt": "a?", "chosen": "b", "rejected": "c"}
@@ -148,8 +173,47 @@ def test_tokens_are_the_responses_and_their_end(tiny_model):
     for p, row in enumerate(rows):
         for side, text in enumerate((row.chosen, row.rejected)):
             assert tokenizer.decode(pairs.tokens[p, side][pairs.mask[p, side]]) == text + tokenizer.eos_token
-    small = pairs.part(1, 2)
+    small = pairs[1:3]
     assert small.tokens.shape[2] == small.mask.sum(-1).max() and small.answers == pairs.answers[1:3]
+
+
+TURNS = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[model]\n{% endif %}"
+
+
+def small_tokenizer(pre_tokenizer, decoder, merged):
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizer, decoder
+    letters = [*map(chr, range(32, 127)), "\n", "\u2581"]
+    raw.train_from_iterator([merged] * 9, trainers.BpeTrainer(
+        vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=letters, show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=TURNS)
+
+
+@pytest.mark.parametrize("row, text", [
+    ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, "<s>[user]\n2 + 3?\n[model]\n{}</s>"),
+    ({"prompt": "[q] 2 + 3?\n", "chosen": "5", "rejected": "6"}, "[q] 2 + 3?\n{}</s>"),
+    ({"prompt": "[q] 2 + 3?", "chosen": " 5", "rejected": " 6"}, "[q] 2 + 3? {}</s>"),
+])
+@pytest.mark.parametrize("ends", [False, True], ids=["", "add_eos_token"])
+def test_prompt_and_response_are_tokenised_as_one_text(row, text, ends, tmp_path):
+    metaspace = {"prepend_scheme": "first", "split": False}  # as in Llama-2: a text begins with a space
+    tokenizer = small_tokenizer(pre_tokenizers.Metaspace(**metaspace), decoders.Metaspace(**metaspace), "[user]")
+    single = "<s> $A </s>" if ends else "<s> $A"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+    (ids,) = encode_preferences(tokenizer, load_preferences(write(tmp_path, row)), tokenizer.eos_token_id)
+    for response, written in zip(ids[1:], "56"):
+        joint = tokenizer(text.format(written), add_special_tokens=False)["input_ids"]
+        with_bos = joint if joint[0] == 1 else [1, *joint]
+        assert ids[0] + response == with_bos, "a space, or an end, that is not in the file?"
+        assert response[-2:] == [tokenizer.convert_tokens_to_ids(written), 2]
+
+
+def test_a_token_across_the_seam_belongs_to_the_responses(tmp_path):
+    tokenizer = small_tokenizer(pre_tokenizers.Whitespace(), decoders.BPEDecoder(), "xy xy xy")
+    pair = load_preferences(write(tmp_path, {"prompt": "a b x", "chosen": "y", "rejected": "z"}))
+    ((prompt, chosen, rejected),) = encode_preferences(tokenizer, pair, 2)
+    assert [tokenizer.convert_ids_to_tokens(ids) for ids in (prompt, chosen, rejected)] == [
+        ["a", "b"], ["xy", "</s>"], ["x", "z", "</s>"]], "both texts must be tokenised as the model would read them"
 
 
 def test_the_turn_ends_with_the_templates_own_token(tiny_model):
@@ -179,7 +243,7 @@ def test_pair_logp_is_the_plain_forward_at_the_temperature(tiny_model):
 @pytest.mark.parametrize("name, at_start, chosen_pull", [("infopo", 0.0, 0.1), ("dpo", math.log(2), 0.05)])
 def test_the_loss_at_the_start(tiny_model, name, at_start, chosen_pull):
     model, tokenizer = tiny_model
-    config = train.parse(["--preferences", "tiny", "--preference-loss", name])
+    config = configured(preference_loss=name)
     pairs = preferences.encode_pairs(model, tokenizer, tiny.make_pairs(4, True))
     pairs = preferences.with_reference(model, pairs, 1.0)
     loss, stats = preferences.preference_loss(model, pairs, config)
@@ -199,15 +263,15 @@ def test_accumulation_over_pairs_changes_nothing(tiny_model):
     pairs = preferences.with_reference(model, preferences.encode_pairs(model, tokenizer, tiny.make_pairs(10, False)), 1.0)
     gradients = []
     for size in (4, 1):
-        config = train.parse(["--preferences", "tiny", "--micro-batch", str(size)])
+        config = configured(micro_batch=size, max_grad_norm=1e9)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        optimizer.zero_grad = lambda: None
-        config.max_grad_norm = 1e9
+        optimizer.zero_grad = lambda: None  # `update` clears it, and here it is the result
         model.zero_grad()
-        train.update(model, optimizer, config, pairs=pairs)
+        train.update(model, optimizer, Step(pairs=pairs), config)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert gradients[0].norm() > 0
-    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-9
+    # not 1e-15: the norms of a float64 Llama go through float32, and prompts share what they begin with
+    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-7
 
 
 def test_a_run_on_pairs_alone(tmp_path):
@@ -229,13 +293,13 @@ def test_a_run_on_pairs_alone(tmp_path):
 def test_a_short_training_prefers_the_chosen(tiny_model, loss):
     model, tokenizer = copy.deepcopy(tiny_model)
     pairs = preferences.with_reference(model, preferences.encode_pairs(model, tokenizer, tiny.make_pairs(192, False)), 1.0)
-    config = train.parse(["--preferences", "tiny", "--preference-loss", loss])
+    config = configured(preference_loss=loss)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
-    margins = [train.update(model, optimizer, config, pairs=pairs.part(16 * s, 16))[0]["pair_margin"] for s in range(12)]
+    margins = [step(model, optimizer, pairs[16 * s : 16 * s + 16], config)["pair_margin"] for s in range(12)]
     held_out = preferences.with_reference(
         tiny_model[0], preferences.encode_pairs(model, tokenizer, tiny.make_pairs(32, True)), 1.0
     )
-    values, _ = preferences.evaluate_pairs(model, tokenizer, held_out, config, names=None)
+    values, _ = preferences.evaluate_pairs(model, tokenizer, held_out, config, keys=None)
     assert abs(margins[0]) < 1e-3 and values["pair_logratio_margin"].mean() > 0.5, f"chosen and rejected swapped? {margins}"
 
 

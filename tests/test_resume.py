@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import policy
 import run as around
 import tiny
 import train
+from data import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -49,12 +51,12 @@ def never_stopped(flags, tmp_path_factory):
 
 
 def signals_after(step, *numbers):
-    """train.record, which then sends this process signals: they arrive in the middle of the loop."""
-    record = train.record
+    """Run.log, which then sends this process signals: they arrive in the middle of the loop."""
+    log = around.Run.log
 
-    def patched(run_dir, at, *rest):
-        record(run_dir, at, *rest)
-        if at + 1 == step:
+    def patched(run, done):
+        log(run, done)
+        if done.number + 1 == step:
             for number in numbers:
                 os.kill(os.getpid(), number)
 
@@ -66,7 +68,7 @@ def stopped(flags, tmp_path_factory):
     """The same run, sent a SIGTERM in its third step."""
     run_dir = tmp_path_factory.mktemp("runs") / "stopped"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "record", signals_after(3, signal.SIGTERM))
+        patch.setattr(around.Run, "log", signals_after(3, signal.SIGTERM))
         with pytest.raises(SystemExit) as ended:
             train.main([*flags, "--output-dir", str(run_dir)])
     assert ended.value.code == 128 + signal.SIGTERM == 143
@@ -113,19 +115,19 @@ def test_an_older_checkpoint_drops_what_came_after_it(run, never_stopped):
     assert kill.outcome(run) == kill.outcome(never_stopped) and names(run / "checkpoints") == ["step_2", "step_4"]
 
 
-def test_five_kills(flags, tmp_path):
+def test_three_kills(flags, tmp_path):
     """`python benchmarks/kill.py` does fifty."""
     flags, rng = [*kill.FLAGS, "--principles", flags[1], "--dataset", flags[3]], random.Random(0)
     never = tmp_path / "never-killed"
     seconds = kill.seconds_to_the_end(kill.start(*flags, "--output-dir", never), never)
-    for number in range(5):
+    for number in range(3):
         kill.kill_and_resume(tmp_path / f"{number}", flags, rng.uniform(0, seconds))
         assert kill.outcome(tmp_path / f"{number}") == kill.outcome(never)
 
 
 def twice_while_saving(flags):
     """In a process: a signal after step 2, and another one from within the saving that it asks for."""
-    train.record = signals_after(2, signal.SIGINT)
+    around.Run.log = signals_after(2, signal.SIGINT)
     sync = checkpoint.sync
 
     def patched(path):
@@ -151,7 +153,7 @@ def test_ctrl_c_without_save_steps_saves_too_and_latest_finds_it(flags, tmp_path
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "record", signals_after(1, signal.SIGINT))
+        patch.setattr(around.Run, "log", signals_after(1, signal.SIGINT))
         with pytest.raises(SystemExit) as ended:
             train.main([*flags, "--save-steps", "0", "--output-dir", "runs/here"])
     assert ended.value.code == 130 and "python train.py --resume runs/here" in capsys.readouterr().err
@@ -165,7 +167,7 @@ def test_with_lora_only_the_adapters_are_stored_and_the_run_is_the_same(flags, t
     flags = [*flags, "--lora-rank", "2", "--max-steps", "2", "--eval-steps", "0", "--save-steps", "0"]
     assert train.main([*flags, "--output-dir", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "record", signals_after(1, signal.SIGTERM))
+        patch.setattr(around.Run, "log", signals_after(1, signal.SIGTERM))
         with pytest.raises(SystemExit):
             train.main([*flags, "--output-dir", str(tmp_path / "stopped")])
     stored = load_file(tmp_path / "stopped" / "checkpoints" / "step_1" / "model.safetensors")
@@ -194,7 +196,7 @@ def test_what_a_checkpoint_restores(run, tmp_path):
     for key, value in optimizer.state[model[1].weight].items():
         assert torch.equal(fresh.state[other[1].weight][key], value), key
     other[1] = torch.nn.Linear(3, 2)
-    with pytest.raises(train.InputError, match=r"model.safetensors: 1.weight .* \[2, 3\]"):
+    with pytest.raises(InputError, match=r"model.safetensors: 1.weight .* \[2, 3\]"):
         checkpoint.load(path, other, torch.optim.AdamW(other.parameters()), checkpoint.read_state(path))
 
 
@@ -228,7 +230,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(where, run, never_s
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint if where == "save" else train, {"save": "sync", "append": "append_json"}[where], full)
+        patch.setattr(checkpoint, {"save": "sync", "append": "append_json"}[where], full)
         assert train.main(["--resume", str(run)]) == 2
     error = one_line(capsys)
     assert "No space left on device" in error and f"from step_3 with: python train.py --resume {run}" in error
@@ -266,7 +268,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(run):
         (path / file).unlink()
         if damage:
             (path / file).write_bytes(damage(content))
-        with pytest.raises(train.InputError) as refused:
+        with pytest.raises(InputError) as refused:
             checkpoint.read_state(path)
         (path / file).write_bytes(content)
         message = str(refused.value)
@@ -290,7 +292,7 @@ def test_a_pickle_with_the_right_checksum_is_never_run(run, capsys):
     (lambda run: shutil.rmtree(run / "checkpoints"), ["no complete checkpoint", "--save-steps"]),
     (lambda run: (run / "config.json").unlink(), ["is not a run"]),
     (lambda run: (run / "config.json").write_text("{"), ["config.json", "damaged"]),
-    (lambda run: (run / "config.json").write_text('{"settings": {"no_such": 1}}'), ["config.json", "no_such"]),
+    (lambda run: edit(run, cuda_graphs=False), ["config.json", "cuda_graphs", "version that wrote it"]),
     (lambda run: (run / "checkpoints/step_3").rename(run / "checkpoints/.step_3.tmp"), None),
     (lambda run: [shutil.rmtree(run / "checkpoints/step_3"), (run / "checkpoints/step_3").symlink_to("step_3")],
      ["step_3/SHA256SUMS", "step_2"]),
@@ -330,11 +332,11 @@ def edit(run, **settings):
 
 def test_an_edited_setting_is_refused_by_name_unless_it_is_said(run):
     edit(run, learning_rate=0.001, temperature="hot")
-    with pytest.raises(train.InputError, match="--learning-rate: was 0.0007 at .*step_3 and is 0.001 now"):
+    with pytest.raises(InputError, match="--learning-rate: was 0.0007 at .*step_3 and is 0.001 now"):
         train.parse(["--resume", str(run), "--temperature", "1"])
     config = train.parse(["--resume", str(run), "--temperature", "1", "--learning-rate", "0.002"])
     assert config.learning_rate == 0.002 and config.max_steps == 5 and config.output_dir == str(run)
-    with pytest.raises(train.InputError, match="--output-dir"):
+    with pytest.raises(InputError, match="--output-dir"):
         train.parse(["--resume", str(run), "--output-dir", "elsewhere"])
 
 
@@ -343,7 +345,7 @@ def test_a_changed_file_is_refused_by_name_unless_it_is_said(run, flags):
     content = principles.read_bytes()
     try:
         principles.write_bytes(content + b"Use few words.\n")
-        with pytest.raises(train.InputError, match="--principles: was .*sha256"):
+        with pytest.raises(InputError, match="--principles: was .*sha256"):
             train.parse(["--resume", str(run)])
         train.parse(["--resume", str(run), "--principles", str(principles)])
     finally:
@@ -352,7 +354,7 @@ def test_a_changed_file_is_refused_by_name_unless_it_is_said(run, flags):
 
 def test_a_setting_said_again_changes_the_run_from_there_on_and_is_recorded(run, never_stopped, capsys):
     assert train.main(["--resume", str(run), "--learning-rate", "0.001", "--max-steps", "4", "--save-steps", "9"]) == 0
-    assert "--learning-rate was 0.0007 and is 0.001 from here on" in capsys.readouterr().out
+    assert "--learning-rate was 0.0007, is 0.001 now" in capsys.readouterr().out
     config = json.loads((run / "config.json").read_text())
     assert config["settings"]["learning_rate"] == 0.001
     assert config["resumed"][0]["changed"] == {"learning_rate": 0.001, "max_steps": 4}
@@ -365,14 +367,14 @@ def test_a_setting_said_again_changes_the_run_from_there_on_and_is_recorded(run,
 
 
 def test_a_reference_that_has_changed_is_refused(run, monkeypatch, capsys):
-    load = train.load_model
+    load = policy.load_model
 
     def changed(*args):
         model, tokenizer = load(*args)
         next(model.parameters()).data.view(-1)[0] += 1e-3
         return model, tokenizer
 
-    monkeypatch.setattr(train, "load_model", changed)
+    monkeypatch.setattr(policy, "load_model", changed)
     assert train.main(["--resume", str(run)]) == 2
     assert "--model: tiny has other weights" in one_line(capsys)
 
@@ -381,7 +383,7 @@ def test_ctrl_c_before_the_training_is_one_line(flags, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "load_model", interrupted)
+    monkeypatch.setattr(policy, "load_model", interrupted)
     assert train.main(flags) == 130 and capsys.readouterr().err.count("\n") == 1
 
 
@@ -422,6 +424,7 @@ def test_with_several_iterations_the_run_itself_leads_to_the_failure(flags, tmp_
 @pytest.mark.parametrize("stats, told", [
     ({"reward": 0.0, "zero_variance_groups": 1.0, "truncated": 1.0}, "--max-completion-length"),
     ({"reward": 1.0, "zero_variance_groups": 1.0, "truncated": 0.0}, "nothing left to teach"),
+    ({"reward": 0.0, "zero_variance_groups": 1.0, "truncated": 0.2}, "--examples"),
     ({"reward": 0.5, "zero_variance_groups": 0.95, "truncated": 0.2}, "--num-generations"),
     ({"reward": 0.5, "zero_variance_groups": 0.2, "truncated": 0.2, "sinkhorn_converged": 0.5}, "--ot-eps"),
 ])

@@ -1,0 +1,167 @@
+"""Memory: what a run takes at its peak, what is free, and the largest micro-batches that fit.
+
+    peak     = weights + reference + 8 bytes a trained parameter (AdamW's moments)
+               + the larger of sampling and training
+    sampling = keys and values of the prompts and of all rows, and for each row the larger of
+               a copy of its prompt's and the distribution of its next token
+    training = gradient + activations of a micro-batch + keys and values of the rows of one forward
+               + blocks of logits
+
+A row is a completion. What a row and a token of a prompt leave behind is measured, whatever the
+architecture: two long prompts, and a row of full length after each, go through the model once. What
+a layer takes in passing is left out. --gradient-checkpointing: activations of one block of rows, and
+three times the prompts' keys and values, which all blocks share: kept, made again, and gradient.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import parallel
+import policy
+from data import InputError
+
+HEADROOM = 0.9  # share of the free memory that is used: an estimate may be a tenth too low
+ADVICE = "try --lora-rank 16, then lower --num-questions, --max-completion-length, --num-generations, a smaller model"
+
+
+def fit(model, data, config) -> str:
+    """Set --micro-batch and --gradient-checkpointing unless given; returns the line to print.
+
+    The first choice that fits is taken: all questions of a step together, one at a time, then
+    activations recomputed for ever fewer rows. Raises InputError where none fits.
+    """
+    texts = Texts(model, data.longest_prompts, config.max_completion_length) if data.principles else None
+    pairs = Texts(model, sorted(data.pairs.prompts, key=len)[-2:], data.pairs.tokens.shape[-1]) if data.pairs else None
+    free, weights = free_memory(model.device), sum(p.nbytes for p in model.parameters())
+    room = float("inf") if free is None else HEADROOM * free + weights  # weights: already in memory
+    whole = min(256, max(config.num_questions * config.rows_of_a_question, 2 * config.num_pairs * bool(data.pairs)))
+    choices = [(False, whole), (False, min(whole, config.rows_of_a_question))]
+    choices += [(True, rows) for rows in (32, 16, 8, 4, 2, 1)]
+    given, totals = (config.gradient_checkpointing, config.micro_batch), []
+    for choice in choices:
+        checkpointing, rows = (c if g is None else g for c, g in zip(choice, given))
+        config.gradient_checkpointing, config.micro_batch = checkpointing, rows
+        model.recompute_rows = min(rows, policy.ROWS_PER_FORWARD) if checkpointing else None
+        parts = sizes(model, texts, pairs, config)
+        totals.append(sum(parts.values()))
+        if totals[-1] <= room:
+            break
+    shown = ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items() if size >= 5e6)
+    line = f"memory: about {totals[-1] / 1e9:.2g} GB ({shown})"
+    line += "" if free is None else f" of {(free + weights) / 1e9:.3g} GB free"
+    if totals[-1] > room and None in given:
+        raise InputError(f"{line}, with the smallest micro-batch: it does not fit; {ADVICE}")
+    if totals[-1] > room:
+        return f"{line}: it may not fit; leave out --micro-batch and --gradient-checkpointing, or {ADVICE}"
+    if len(totals) > 1:
+        flags = f"--micro-batch {rows}" + " --gradient-checkpointing True" * checkpointing
+        line += f"; {flags} is chosen, since all at once would take {totals[0] / 1e9:.2g} GB"
+    return line
+
+
+def sizes(model, texts, pairs, config) -> dict[str, float]:
+    """Bytes by part at the peak, completions of full length; `texts` and `pairs`: Texts or None."""
+    phases, num, weights = [], config.num_principles, sum(p.nbytes for p in model.parameters())
+    if texts:
+        questions = -(-config.num_questions // parallel.world())  # of this process
+        evaluated = min(config.eval_rows, config.eval_questions * num)
+        for rows, prompts in (questions * num * config.num_generations, questions * num), (evaluated, evaluated):
+            vocabulary = len(model.get_output_embeddings().weight)
+            passing = max(texts.prompt_cache, 24 * vocabulary)  # 24 bytes a logit
+            phases.append({"sampling": prompts * texts.prompt_cache + rows * (texts.cache + passing)})
+        questions = min(questions, max(1, config.micro_batch // config.rows_of_a_question))
+        phases.append(training(model, texts, questions * config.rows_of_a_question, questions, num, config))
+    if pairs:
+        num_pairs = min(config.num_pairs, max(1, config.micro_batch // 2))
+        phases.append(training(model, pairs, 2 * num_pairs, num_pairs, 1, config))
+    return {
+        "weights": weights,
+        "bfloat16 copies": weights / 2 if config.bf16 and not config.lora_rank else 0,
+        "reference": weights if texts and not config.lora_rank else 0,
+        "optimiser": 8 * sum(p.numel() for p in model.parameters() if p.requires_grad),
+        **max(phases, key=lambda parts: sum(parts.values())),
+    }
+
+
+def training(model, texts, rows: int, questions: int, num: int, config) -> dict[str, float]:
+    """Bytes by part of a micro-batch: `rows` completions of `questions` with `num` prompts each."""
+    block = min(rows, policy.ROWS_PER_FORWARD * (1 if model.device.type == "cpu" else 2))
+    if config.gradient_checkpointing:
+        block = min(block, config.micro_batch, policy.ROWS_PER_FORWARD)
+        again = texts.token * min(questions * texts.tokens(num), policy.PREFILL_TOKENS // 4)
+        activations = 3 * questions * num * texts.prompt_cache + max(again, block * (texts.row + texts.passing))
+    else:
+        activations = texts.token * questions * texts.tokens(num) + rows * texts.row + block * texts.passing
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    head, side = model.get_output_embeddings().weight, policy.block_side(model.device)
+    logits = 3 * 4 * side * min(side, len(head))
+    logits += 4 * head.numel() * head.requires_grad  # the head's own gradient
+    return {"gradient": 4 * trained, "activations": activations, "logits": logits}
+
+
+class Texts:
+    """Bytes that a token of a prompt (list of ids), and a row of `length` tokens, leave behind."""
+
+    def __init__(self, model, prompts, length: int):
+        prompts, kept = [prompts[0], prompts[-1]], {}  # storages by address; held: none comes twice
+        self.longest = max(map(len, prompts))
+        self.common = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 2)
+
+        def pack(tensor):  # returns nothing: a tensor would keep its graph, and no backward follows
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+
+        def size():
+            return sum(storage.nbytes() for storage in kept.values())
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
+            cache, of_prompts, of_rows = read(model, prompts, length, size)
+        states = [t.untyped_storage() for layer in cache.layers for t in (layer.keys, layer.values)]
+        self.token, self.row = of_prompts / self.tokens(2), of_rows / 2  # what autograd keeps
+        self.cache = sum(s.nbytes() for s in states) / 2  # keys and values of a prompt and its row
+        passing = (s.nbytes() for s in states if s.data_ptr() not in kept)  # autograd keeps the others
+        self.passing = sum(passing) / 2
+        self.prompt_cache = self.cache * self.longest / (self.longest + length)
+
+    def tokens(self, prompts: int) -> int:
+        """How many the model reads of a question's prompts: their common beginning once."""
+        return self.common + prompts * (self.longest - self.common)
+
+
+@policy.autocast
+def read(model, prompts, length: int, size):
+    """The cache after a row behind each prompt, and by how much prompts and rows raise size()."""
+    policy._prefill(model, prompts)  # so that weights, and what they are cast to, are kept already
+    before = size()
+    layers, mask, last = policy._prefill(model, prompts)
+    between = size()
+    cache = policy._copy_cache(layers, torch.arange(len(prompts), device=model.device))
+    ids = last[:, None].expand(-1, length)  # [P, T]
+    shown = F.pad(mask, (0, length), value=True)  # [P, L-1+T]
+    policy._forward(model, ids, shown, shown.cumsum(1)[:, -length:] - 1, cache)
+    return cache, between - before, size() - between
+
+
+def free_memory(device, root: Path = Path("/")) -> float | None:
+    """Bytes this process may still take, of GPU or RAM under cgroup limits; None if unknown."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
+    try:
+        free = 1024.0 * int(re.search(r"MemAvailable:\s+(\d+)", (root / "proc/meminfo").read_text())[1])
+        groups = re.findall(r"^\d+:.*?:/(.*)$", (root / "proc/self/cgroup").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    files = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
+    for tree, group in itertools.product(files, dict.fromkeys(groups)):  # version 2, 1
+        for above in (root / "sys/fs/cgroup" / tree / group / "-").parents:  # limits hold below
+            with contextlib.suppress(OSError, ValueError):  # no limit here
+                limit, used = (int((above / name).read_text()) for name in files[tree])
+                files_read = re.search(r"^inactive_file (\d+)", (above / "memory.stat").read_text(), re.MULTILINE)
+                free = min(free, limit - used + int(files_read[1]))  # pages of files make room
+    return free / parallel.world()

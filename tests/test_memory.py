@@ -1,0 +1,156 @@
+"""memory.py: what is chosen from the free memory, what is refused, and where the free memory is read."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+import memory
+import policy
+import run
+import tiny
+import train
+from data import InputError
+
+PRINCIPLES = str(Path(__file__).parent.parent / "principles" / "reasoning.txt")
+SMALL = (
+    "--num-questions 2 --num-principles 2 --num-generations 2 --max-completion-length 8 --eval-questions 2 --max-steps 1"
+).split()
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """(model, tokenizer, data)."""
+    model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), CPU)
+    return model, tokenizer, run.load_data(model, tokenizer, train.parse(["--principles", PRINCIPLES, *SMALL]))
+
+
+def estimate(loaded, *flags):
+    """(the parts of the estimate, the line, the settings) of a run with these flags."""
+    model, _, data = loaded
+    config = train.parse(["--principles", PRINCIPLES, *SMALL, *flags])
+    line = memory.fit(model, data, config)
+    texts = memory.Texts(model, data.longest_prompts, config.max_completion_length)
+    return memory.sizes(model, texts, None, config), line, config
+
+
+def total(parts):
+    return sum(parts.values())
+
+
+def test_with_enough_memory_nothing_is_recomputed_and_the_line_says_how_much_is_free(loaded, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 64e9)
+    parts, line, config = estimate(loaded)
+    assert (config.gradient_checkpointing, config.micro_batch, loaded[0].recompute_rows) == (False, 16, None)
+    assert line.startswith(f"memory: about {total(parts) / 1e9:.2g} GB (") and line.endswith("of 64 GB free")
+    assert f"activations {parts['activations'] / 1e9:.2g}" in line
+
+
+def test_less_memory_means_one_question_at_a_time_and_then_ever_fewer_rows_recomputed(loaded, monkeypatch):
+    free, held, seen = 64e9, sum(p.nbytes for p in loaded[0].parameters()), []
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    for _ in range(12):
+        try:
+            parts, line, config = estimate(loaded, "--num-generations", "16", "--max-completion-length", "64")
+        except InputError as error:
+            seen.append("refused")
+            assert "it does not fit; try --lora-rank 16" in str(error) and "\n" not in str(error)
+            break
+        assert total(parts) <= memory.HEADROOM * free + held
+        seen.append((config.gradient_checkpointing, config.micro_batch))
+        flags = f"--micro-batch {config.micro_batch}" + " --gradient-checkpointing True" * config.gradient_checkpointing
+        assert len(seen) == 1 or f"{flags} is chosen, since all at once would take" in line
+        free = (total(parts) - held) / memory.HEADROOM - 1  # what was chosen is now one byte too large
+    assert seen[:5] == [(False, 128), (False, 64), (True, 32), (True, 16), (True, 8)] and seen[-1] == "refused", seen
+
+
+def test_flags_that_are_given_are_kept(loaded, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 64e9)
+    _, _, config = estimate(loaded, "--micro-batch", "3")
+    assert (config.gradient_checkpointing, config.micro_batch) == (False, 3)
+    _, _, config = estimate(loaded, "--gradient-checkpointing", "True")
+    assert (config.gradient_checkpointing, config.micro_batch, loaded[0].recompute_rows) == (True, 16, 16)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1e6)
+    with pytest.raises(InputError, match="it does not fit"):
+        estimate(loaded, "--gradient-checkpointing", "False")
+    _, line, config = estimate(loaded, "--gradient-checkpointing", "False", "--micro-batch", "5")
+    assert (config.gradient_checkpointing, config.micro_batch) == (False, 5)
+    assert "it may not fit; leave out --micro-batch and --gradient-checkpointing" in line
+
+
+def test_what_cannot_fit_ends_with_one_line_and_status_2_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1e6)
+    folder = tmp_path / "run"
+    assert train.main(["--principles", PRINCIPLES, *SMALL, "--output-dir", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: memory: about") and error.count("\n") == 1 and not folder.exists()
+
+
+def test_where_the_free_memory_is_unknown_the_estimate_is_told_and_nothing_is_refused(loaded, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: None)
+    parts, line, config = estimate(loaded)
+    assert (config.gradient_checkpointing, config.micro_batch) == (False, 16)
+    assert line.startswith("memory: about") and "free" not in line
+
+
+def test_the_estimate_counts_what_it_says(loaded, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 64e9)
+    size = sum(p.numel() for p in loaded[0].parameters())
+    parts, _, _ = estimate(loaded)
+    assert [parts[name] for name in ("weights", "reference", "optimiser", "gradient")] == [
+        4 * size, 4 * size, 8 * size, 4 * size
+    ]
+    few, many = (estimate(loaded, "--num-generations", g)[0]["activations"] for g in ("8", "16"))
+    assert 1.5 < many / few < 2, "rows are twice as many, prompts as many"
+    flags = "--gradient-checkpointing", "True", "--micro-batch", "1"
+    _, _, config = estimate(loaded, *flags)
+    texts = memory.Texts(loaded[0], loaded[2].longest_prompts, config.max_completion_length)
+    once, again = (memory.training(loaded[0], texts, rows, 2, 2, config)["activations"] for rows in (16, 32))
+    assert once == again < few / 2, "one row at a time, however many there are"
+    assert estimate(loaded, "--bf16", "True")[0]["bfloat16 copies"] == 2 * size
+
+
+def test_a_row_and_a_token_keep_what_torch_keeps_of_a_whole_batch(loaded):
+    model, prompts, kept = copy.deepcopy(loaded[0]), [[5, 6, 7, 8, 9] * 9, [5, 6, 9, 9, 7] * 9], {}
+    model.recompute_rows, texts = None, memory.Texts(model, prompts, 16)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+
+    tokens = torch.ones(2, 12, 16, dtype=torch.long)  # [P, N, T]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
+        policy.token_states(model, prompts, tokens, torch.ones_like(tokens).bool())
+    whole = sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
+    assert texts.token * texts.tokens(2) + 24 * texts.row == pytest.approx(whole, rel=0.05)
+
+
+def write(root, files):
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+@pytest.mark.parametrize(("files", "free"), [
+    ({"proc/self/cgroup": "0::/\n"}, 8e9),  # no limit but the machine's
+    ({"proc/self/cgroup": "0::/box\n", "sys/fs/cgroup/box/memory.max": "max", "sys/fs/cgroup/box/memory.current": "9"},
+     8e9),
+    ({"proc/self/cgroup": "0::/box/job\n", "sys/fs/cgroup/box/job/memory.max": "max",
+      "sys/fs/cgroup/box/memory.max": "5000000000", "sys/fs/cgroup/box/memory.current": "3000000000",
+      "sys/fs/cgroup/box/memory.stat": "anon 1\ninactive_file 1000000000\nactive_file 7\n"}, 3e9),  # of a parent
+    ({"proc/self/cgroup": "9:cpu:/\n4:cpuset,memory:/box\n0::/\n",
+      "sys/fs/cgroup/memory/box/memory.limit_in_bytes": "5000000000",
+      "sys/fs/cgroup/memory/box/memory.usage_in_bytes": "3000000000",
+      "sys/fs/cgroup/memory/box/memory.stat": "cache 8\ninactive_file 0\n"}, 2e9),  # version 1
+])
+def test_free_memory_is_that_of_the_machine_under_the_limits_of_every_cgroup(tmp_path, monkeypatch, files, free):
+    write(tmp_path, {"proc/meminfo": "MemTotal: 16000000 kB\nMemFree: 9 kB\nMemAvailable:    7812500 kB\n", **files})
+    assert memory.free_memory(CPU, tmp_path) == free
+    monkeypatch.setattr(memory.parallel, "world", lambda: 2)
+    assert memory.free_memory(CPU, tmp_path) == free / 2, "processes side by side share it"
+
+
+def test_free_memory_is_unknown_without_proc(tmp_path):
+    assert memory.free_memory(CPU, tmp_path) is None
