@@ -87,6 +87,13 @@ class Completions:
     truncated: torch.Tensor  # [P, N] bool, True where no end token came within max_new_tokens
     entropy: torch.Tensor  # [P, N] mean over tokens of the entropy of the next-token distribution, nats
 
+    def __post_init__(self):
+        if self.tokens.ndim != 3 or self.mask.shape != self.tokens.shape or self.mask.dtype != torch.bool:
+            raise ValueError(
+                f"expected tokens and a bool mask, both [P, N, T]; got {list(self.tokens.shape)} and "
+                f"{list(self.mask.shape)} of {self.mask.dtype}"
+            )
+
 
 def load_model(name: str, device, bf16: bool = False, recompute_rows: int | None = None):
     """(model, tokenizer) of a folder or hub id, in float32, without dropout. Raises InputError.

@@ -126,7 +126,7 @@ def load(config: Config):
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     config.bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
     model, tokenizer = policy.load_model(tiny.model_path(config.model), device, config.bf16)
-    config.date = set_date(tokenizer, parallel.gather(config.date)[0])
+    config.date = set_date(tokenizer, parallel.gather(set_date(tokenizer, config.date))[0])  # of process 0
     return policy.add_lora(model, config.lora_rank, config.seed) if config.lora_rank else model, tokenizer
 
 
