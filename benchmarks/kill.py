@@ -29,7 +29,9 @@ FLAGS = (
     "--warmup-steps 1 --eval-questions 2 --eval-steps 3 --save-steps 1 --save-total-limit 2"
 ).split()
 processes = multiprocessing.get_context("forkserver")  # imports once; a fork of this process could hang in OpenMP
-processes.set_forkserver_preload(["train", "matplotlib.pyplot"])
+processes.set_forkserver_preload([
+    "train", "matplotlib.pyplot", "torch._dynamo", "transformers.models.llama.modeling_llama",
+])
 
 
 def start(*flags):

@@ -423,20 +423,21 @@ def test_hostile_input(build, expected, stops, tmp_path, capsys, monkeypatch):
 
 
 def test_as_commands(tmp_path):
-    """The same through the real command line, at the same time: a pipe, a pickle, and a terminal that knows ASCII only."""
+    """The same as real commands, at the same time: a pickle, a pipe, and a terminal that knows ASCII only."""
     small = "--num-questions 1 --num-generations 2 --max-steps 1 --max-completion-length 8 --eval-steps 0".split()
     commands = {
-        "train.py": complete(made("--principles", "p.txt", os.mkfifo)(tmp_path), tmp_path),
-        "si.py": complete(["si", *model(pickled)(tmp_path)], tmp_path)[1:],
+        "train.py": complete(model(pickled)(tmp_path), tmp_path),
+        "si.py": complete(["si", *made("--principles", "p.txt", os.mkfifo)(tmp_path)], tmp_path)[1:],
         "train.py ": complete([*principles("Be kind 🙂.\nהצג כל שלב.\n", "rtl.txt")(tmp_path), *small, "--output-dir", "rtl"], tmp_path),
     }
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, "cwd": tmp_path}
     runs = [subprocess.Popen([sys.executable, ROOT / name.strip(), *argv], **pipes) for name, argv in commands.items()]
     ends = [(*run.communicate(timeout=4 * SECONDS), run.returncode) for run in runs]
-    for (_, error, status), told in zip(ends, ["is a pipe or a device", "model.safetensors"]):
+    for (_, error, status), told in zip(ends, ["model.safetensors", "is a pipe or a device"]):
         assert status == 2 and error.count("\n") == 1 and told in error, error
     assert not (tmp_path / "ran").exists(), "a pickle has run"
+    assert not (tmp_path / "run").exists(), "a refused run leaves nothing behind"
     assert ends[2][2] == 0 and (tmp_path / "rtl" / "final").is_dir(), ends[2][1]
     assert "\\u05d4" in ends[2][0] or "\\U0001f642" in ends[2][0], f"no principle in the report: {ends[2][0]}"
 

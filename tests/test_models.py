@@ -24,6 +24,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+import checkpoint
 import data
 import policy
 import tiny
@@ -33,10 +34,19 @@ from run import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 PRINCIPLES = str(ROOT / "principles" / "reasoning.txt")
+QUESTIONS = str(ROOT / "tests" / "questions.jsonl")  # a few: to check the embedded task's 4096 takes a second
 SMALL = (
-    "--num-questions 2 --num-principles 2 --num-generations 2 --max-steps 2 --eval-questions 3 --eval-steps 0 "
-    "--warmup-steps 0 --max-completion-length 16"
+    f"--dataset {QUESTIONS} --num-questions 2 --num-principles 2 --num-generations 2 --max-steps 2 --eval-questions 3 "
+    "--eval-steps 0 --warmup-steps 0 --max-completion-length 16"
 ).split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_plot():
+    """Drawing one takes longer than a small run; test_run.py does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write_plot", lambda *_: None)
+        yield
 
 
 def lines(path):
@@ -208,8 +218,8 @@ def write_model(folder, name, chat_template=True):
     return str(folder)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_an_architecture_goes_through_the_whole_of_training(name, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["gemma-3", "llama-3.2", "smollm-3"])  # a window, scaled positions, and none
+def test_an_architecture_goes_through_the_whole_of_training(name, tmp_path):
     model = write_model(tmp_path / "model", name)
     flags = [*SMALL, "--model", model, "--learning-rate", "1e-3", "--beta", "0.01", "--output-dir", str(tmp_path / "run")]
     assert train.main(["--principles", PRINCIPLES, *flags]) == 0
@@ -219,7 +229,14 @@ def test_an_architecture_goes_through_the_whole_of_training(name, tmp_path, caps
     start, end = (AutoModelForCausalLM.from_pretrained(f) for f in (model, tmp_path / "run" / "final"))
     assert type(end) is ARCHITECTURES[name][0]
     assert any((a != b).any() for a, b in zip(start.parameters(), end.parameters(), strict=True))
-    assert f"--model {model} without --dataset" in capsys.readouterr().out, "whose questions it trains on is not said"
+
+
+def test_without_a_dataset_the_run_says_whose_questions_a_model_is_trained_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tiny, "make_questions", lambda *_: [Question("1 + 1?", "2")])
+    folder = write_model(tmp_path, "qwen-3")
+    config = train.parse(["--principles", PRINCIPLES, "--model", folder])
+    train.load_data(*policy.load_model(folder, torch.device("cpu")), config)
+    assert f"--model {folder} without --dataset: the questions are the embedded task's" in capsys.readouterr().out
 
 
 def test_a_model_without_a_chat_template_gets_a_plain_one_and_says_so(tmp_path, capsys):
@@ -565,10 +582,10 @@ def test_the_reference_of_lora_is_the_policy_at_the_start_and_only_adapters_trai
 
 @needs_peft
 def test_a_lora_run_leaves_a_merged_model_and_its_adapters(tmp_path):
-    flags = [*SMALL, "--lora-rank", "4", "--learning-rate", "1e-2", "--max-steps", "3", "--gradient-checkpointing", "True", "--beta", "0.01"]
+    flags = [*SMALL, *"--lora-rank 4 --learning-rate 1e-2 --gradient-checkpointing True --beta 0.01".split()]
     assert train.main(["--principles", PRINCIPLES, *flags, "--output-dir", str(tmp_path / "run")]) == 0
     steps = lines(tmp_path / "run" / "metrics.jsonl")
-    assert abs(steps[0]["kl"]) < 1e-9 < steps[2]["kl"]
+    assert abs(steps[0]["kl"]) < 1e-9 < steps[1]["kl"]
     start = AutoModelForCausalLM.from_pretrained(tiny.MODEL_DIR, dtype=torch.float32)
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final", dtype=torch.float32)
     from peft import PeftModel

@@ -304,9 +304,10 @@ def test_a_short_training_prefers_the_chosen(tiny_model, loss):
 
 
 def test_principles_and_pairs_together_add_the_fourth_term(tmp_path):
-    flags = "--num-questions 1 --num-principles 2 --num-generations 2 --lambda-pref 0.5".split()
-    principles = ["--principles", str(ROOT / "principles" / "reasoning.txt")]
-    assert train.main([*principles, "--preferences", "tiny", *FLAGS, *flags, "--output-dir", str(tmp_path / "run")]) == 0
+    flags = "--num-questions 1 --num-principles 2 --num-generations 2 --lambda-pref 0.5 --max-steps 1".split()
+    files = "--principles", ROOT / "principles" / "reasoning.txt", "--dataset", ROOT / "tests" / "questions.jsonl"
+    flags = [*map(str, files), "--preferences", "tiny", *FLAGS, *flags, "--output-dir", str(tmp_path / "run")]
+    assert train.main(flags) == 0
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {"loss_grpo", "loss_mi", "loss_ot", "loss_preference", "reward"} <= set(steps[0])
     evals = json.loads((tmp_path / "run" / "eval.json").read_text())

@@ -23,6 +23,7 @@ CONFIGS = {"train.py": train.Config, "si.py": si.SiConfig, "geometry.py": geomet
 FLAGS = {name: {"--" + f.name.replace("_", "-") for f in fields(config)} | {"--help"}
          for name, config in CONFIGS.items()}
 PRINCIPLES = str(ROOT / "principles" / "reasoning.txt")
+QUESTIONS = str(ROOT / "tests" / "questions.jsonl")  # a few: to check the embedded task's 4096 takes a second
 
 
 def test_the_readme_is_short():
@@ -99,9 +100,9 @@ def test_every_flag_they_name_is_a_flag():
 def logged(tmp_path_factory):
     """(names in metrics.jsonl, names in eval.json) of a run on principles and one on pairs."""
     small = "--max-steps 1 --eval-questions 1 --max-completion-length 8".split()
-    batch = "--num-questions 1 --num-principles 2 --num-generations 2 --beta 0.1 --mi-reward 1".split()
+    batch = "--num-questions 1 --num-principles 2 --num-generations 2 --beta 0.1 --mi-reward 1 --dataset".split()
     steps, evals = set(), set()
-    for flags in (["--principles", PRINCIPLES, *batch], ["--preferences", "tiny", "--num-pairs", "1"]):
+    for flags in (["--principles", PRINCIPLES, *batch, QUESTIONS], ["--preferences", "tiny", "--num-pairs", "1"]):
         run_dir = tmp_path_factory.mktemp("logged") / "run"
         assert train.main([*flags, *small, "--output-dir", str(run_dir)]) == 0
         steps |= set(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0])) - {"step"}
@@ -151,7 +152,7 @@ def test_max_steps_counts_batches_and_weight_decay_spares_no_weight(tmp_path):
     # One token is no answer: all rewards are 0, so the gradient is 0 and decay alone moves the weights.
     flags = "--max-steps 2 --num-iterations 3 --learning-rate 0.01 --weight-decay 0.5 --lambda-mi 0 --lambda-ot 0 "\
             "--lr-scheduler-type constant --warmup-steps 0 --max-completion-length 1 --eval-questions 1 "\
-            "--num-questions 1 --num-principles 2 --num-generations 2"
+            f"--num-questions 1 --num-principles 2 --num-generations 2 --dataset {QUESTIONS}"
     assert train.main(["--principles", PRINCIPLES, *flags.split(), "--output-dir", str(tmp_path / "run")]) == 0
     start, end = (train.policy.load_model(str(folder), torch.device("cpu"))[0].state_dict()
                   for folder in (tiny.MODEL_DIR, tmp_path / "run" / "final"))

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 import checkpoint
 import policy
 import run as around
-import tiny
 import train
 from data import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
+QUESTIONS = ROOT / "tests" / "questions.jsonl"  # a few: to check the embedded task's 4096 takes a second
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kill  # noqa: E402
 
@@ -31,16 +31,20 @@ import kill  # noqa: E402
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     """A run of all four terms: 5 steps, an evaluation after the third, a checkpoint after the second and the fourth."""
-    questions = tmp_path_factory.mktemp("data") / "q.jsonl"  # few: to encode the embedded task's 4096 takes a second
-    rows = [{"question": q.text, "answer": q.answer} for q in tiny.make_questions(12, False)]
-    questions.write_text("\n".join(map(json.dumps, rows)))
-    principles = questions.with_name("p.txt")
-    shutil.copy(ROOT / "principles" / "reasoning.txt", principles)
+    principles = shutil.copy(ROOT / "principles" / "reasoning.txt", tmp_path_factory.mktemp("data") / "p.txt")
     return (
-        f"--principles {principles} --dataset {questions} --preferences tiny --num-pairs 2 --num-questions 2 "
+        f"--principles {principles} --dataset {QUESTIONS} --preferences tiny --num-pairs 2 --num-questions 2 "
         "--num-principles 2 --num-generations 2 --max-steps 5 --warmup-steps 1 --max-completion-length 12 "
         "--eval-questions 2 --eval-steps 3 --save-steps 2"
     ).split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_plot():
+    """Drawing one takes longer than a small run; test_run.py does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write_plot", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +119,33 @@ def test_an_older_checkpoint_drops_what_came_after_it(run, never_stopped):
     assert kill.outcome(run) == kill.outcome(never_stopped) and names(run / "checkpoints") == ["step_2", "step_4"]
 
 
-def test_three_kills(flags, tmp_path):
-    """`python benchmarks/kill.py` does fifty."""
-    flags, rng = [*kill.FLAGS, "--principles", flags[1], "--dataset", flags[3]], random.Random(0)
-    never = tmp_path / "never-killed"
-    seconds = kill.seconds_to_the_end(kill.start(*flags, "--output-dir", never), never)
-    for number in range(3):
-        kill.kill_and_resume(tmp_path / f"{number}", flags, rng.uniform(0, seconds))
-        assert kill.outcome(tmp_path / f"{number}") == kill.outcome(never)
+def killed(function, place, flags):
+    """In a process: a run, until checkpoint.py's `function` is called for `place`."""
+    whole = getattr(checkpoint, function)
+
+    def patched(*arguments):
+        if place in str(arguments):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*arguments)
+
+    setattr(checkpoint, function, patched)
+    train.main(flags)
+
+
+@pytest.mark.parametrize("function, place, left", [
+    ("append_json", "'step': 4, 'loss'", "checkpoints/step_2"),  # in a step: its samples are logged, its figures not
+    ("sync", ".step_4.tmp", "checkpoints/.step_4.tmp"),
+    ("sync", ".final.tmp", ".final.tmp"),
+], ids=["a step", "a checkpoint", "the model"])
+def test_a_kill_in_the_middle_of(function, place, left, flags, never_stopped, tmp_path):
+    """`python benchmarks/kill.py` kills from outside, at fifty random moments."""
+    run = tmp_path / "run"
+    process = kill.processes.Process(target=killed, args=(function, place, [*flags, "--output-dir", str(run)]))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and (run / left).exists() and not (run / "final").exists()
+    assert train.main(["--resume", str(run)]) == 0
+    assert kill.outcome(run) == kill.outcome(never_stopped) and names(run) == names(never_stopped)
 
 
 def twice_while_saving(flags):

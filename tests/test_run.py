@@ -1,6 +1,7 @@
 """run.py and settings.py: a run's directory, what is optional, what the prompt is made of, and --help."""
 
 import datetime
+import importlib.util
 import json
 import shutil
 import time
@@ -18,9 +19,10 @@ from data import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 PRINCIPLES = str(ROOT / "principles" / "reasoning.txt")
+QUESTIONS = str(ROOT / "tests" / "questions.jsonl")  # a few: to check the embedded task's 4096 takes a second
 SMALL = (
-    "--num-questions 1 --num-principles 2 --num-generations 2 --max-steps 2 --eval-questions 1 --eval-steps 0 "
-    "--warmup-steps 1 --max-completion-length 8"
+    f"--dataset {QUESTIONS} --num-questions 1 --num-principles 2 --num-generations 2 --max-steps 2 --eval-questions 1 "
+    "--eval-steps 0 --warmup-steps 1 --max-completion-length 8"
 ).split()
 EXAMPLES = [
     {"question": "1 + 1?", "principle": "Be kind.", "reasoning": "Dear reader, it is 2.", "answer": 2},
@@ -29,11 +31,7 @@ EXAMPLES = [
 
 
 def run(tmp_path, *flags):
-    questions = tmp_path / "q.jsonl"  # few: to encode the embedded task's 4096 takes a second
-    rows = [{"question": q.text, "answer": q.answer} for q in tiny.make_questions(6, False)]
-    questions.write_text("\n".join(map(json.dumps, rows)))
-    files = ["--principles", PRINCIPLES, "--dataset", str(questions), "--output-dir", str(tmp_path / "run")]
-    return train.main([*files, *SMALL, *flags])
+    return train.main(["--principles", PRINCIPLES, *SMALL, "--output-dir", str(tmp_path / "run"), *flags])
 
 
 def write_examples(tmp_path):
@@ -79,6 +77,7 @@ def test_what_is_not_the_result_never_costs_it(lost, tmp_path, monkeypatch, caps
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
     if lost == "git":
         assert json.loads((tmp_path / "run" / "config.json").read_text())["git_commit"] is None
+        assert (tmp_path / "run" / "curves.png").exists() == bool(importlib.util.find_spec("matplotlib"))
     if lost == "LaTeX":
         assert "no plot: " in capsys.readouterr().err
 
@@ -140,9 +139,9 @@ def test_a_run_has_one_date(tmp_path, monkeypatch):
     assert "01 Mar 2026" in (tmp_path / "run" / "prompt.txt").read_text()
     stored = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["date"]
     assert stored == "2026-03-01"
-    assert run(tmp_path, *flags, "--output-dir", str(tmp_path / "today")) == 0
-    stored = json.loads((tmp_path / "today" / "config.json").read_text())["settings"]["date"]
-    assert stored == datetime.date.today().isoformat()
+    today = train.parse(["--principles", PRINCIPLES, *flags])
+    train.load(today)
+    assert today.date == datetime.date.today().isoformat()
 
 
 def test_another_chat_template_is_refused_by_resume(tmp_path, monkeypatch, capsys):

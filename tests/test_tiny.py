@@ -89,7 +89,7 @@ def test_the_shipped_model_loads_and_scores_as_recorded():
     assert files <= 4 * 2**20, f"tiny-model/ is {files} bytes"
     recorded = json.loads((tiny.MODEL_DIR / "record.json").read_text())
     model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
-    seen = build.measure(model, tokenizer, num_questions=64)
+    seen = build.measure(model, tokenizer, num_questions=32)
     assert abs(seen["loss"] - recorded["loss"]) < 1e-3, "not the weights, or not the text, that were recorded"
     assert 0.4 <= recorded["accuracy"] <= 0.7 and recorded["format"] < 0.5
     for name in ("format", "accuracy", "si"):
