@@ -3,7 +3,7 @@
     RUN/checkpoints/step_N/     the run after N steps; named so once all of it is on the disk
         model.safetensors       the weights that are trained
         optimizer.safetensors   the optimiser's state of each: "exp_avg.<weight>", ...
-        state.json              step, settings, evaluations so far, lengths of the logs, random states
+        state.json              step, settings, evaluations, lengths of the logs, random states
         SHA256SUMS              of these three (`sha256sum -c SHA256SUMS` checks them too)
 
 What can be derived is not stored. The questions, principles and random numbers of a step are
@@ -39,7 +39,7 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 LOGS = ("metrics.jsonl", "samples.jsonl")  # of the run; resuming cuts them back to the checkpoint
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing
 
 
@@ -134,7 +134,7 @@ def weights_sha256(model) -> str:
     return digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 
@@ -252,7 +252,7 @@ def rewind(run_dir: Path, state: dict) -> None:
             os.truncate(run_dir / name, state["logs"].get(name, 0))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Going on with a run
 
 
@@ -350,7 +350,7 @@ def append_json(path: Path, value) -> None:
             file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Numbers and plots
 
 

@@ -1,14 +1,15 @@
 """What a run reads (principles, questions, preference pairs), and the prompts made of it.
 
-Files are UTF-8 (a byte-order mark and CRLF are accepted), one item a line of up to 1 MB, blank lines
-skipped; questions and preferences also .parquet, or .csv (commas, a header, an empty cell missing):
+Files are UTF-8 (a byte-order mark and CRLF are accepted), one item a line of up to 1 MB, blank
+lines skipped; questions and preferences also .parquet, or .csv (commas, a header, an empty cell
+missing):
 
     principles.txt      a principle; lines that start with `#` are comments
-    principles.jsonl    {"principle": "Show every step.", "id": "steps", "negative": "Skip the steps."}
+    principles.jsonl    {"principle": "Show the steps.", "id": "steps", "negative": "Skip them."}
                         `id` and `negative` are optional, other keys refused
     questions.jsonl     {"question": "2 + 3?", "answer": 5}      optional answer; see load_questions
-    preferences.jsonl   {"prompt": "2 + 3?", "chosen": "5", "rejected": "6"}      see load_preferences
-    examples.jsonl      {"question": "2 + 3?", "principle": "Be brief.", "reasoning": "5.", "answer": 5}
+    preferences.jsonl   {"prompt": "2 + 3?", "chosen": "5", "rejected": "6"}    see load_preferences
+    examples.jsonl      {"question": "2 + 3?", "principle": "Brief.", "reasoning": "5", "answer": 5}
 
 The prompt is a single user message, because some chat templates refuse a system role:
 
@@ -154,14 +155,14 @@ def load_examples(path):
 def load_questions(source, question_field=None, answer_field=None, config=None, split="train", limit=None, seed=0):
     """Distinct `Question`s of a .jsonl, .parquet or .csv file, in its order; the first of equals.
 
-    Any other `source` is a data set of the hub, or a folder like one, in `config` and `split`. It is
-    streamed, and shuffled by `seed` in a buffer of SHUFFLE_BUFFER rows (a sorted set is not drawn
-    evenly), only until `limit` questions are found.
+    Any other `source` is a data set of the hub, or a folder like one, in `config` and `split`. It
+    is streamed, and shuffled by `seed` in a buffer of SHUFFLE_BUFFER rows (a sorted set is not
+    drawn evenly), only until `limit` questions are found.
 
     Fields: `question` and `answer`, else `source` and `target` (CoT-Collection); others are
     ignored. The answer is optional unless its field is named; a number becomes its Python text (5
     -> "5", 2.50 -> "2.5"), and of GSM8K's "working #### 5" the 5 is taken. Raises InputError for a
-    source or row it cannot take, a field under nearly the right name, and a source without questions.
+    source or row it cannot take, a field under nearly the right name, a source without questions.
     """
     questions, is_file = {}, Path(source).suffix.lower() in FILE_KINDS
     for where, row, names in _rows(source, config, split, seed):
@@ -341,8 +342,9 @@ def encode_texts(tokenizer, texts):
 def encode_after(tokenizer, context, text):
     """Token ids of `text` where it follows the text `context`: what tokenising both together adds.
 
-    (Alone, SentencePiece would begin `text` with a space.) Where one token spans the seam, as GPT-2's
-    "><", the model has read the context already, and `text` is as after a line break or full stop.
+    (Alone, SentencePiece would begin `text` with a space.) Where one token spans the seam, as
+    GPT-2's "><", the model has read the context already, and `text` is as after a line break or
+    full stop.
     """
     for before in (context, "\n", "."):
         alone, joint = _encode(tokenizer, [before, before + text])

@@ -9,8 +9,9 @@
 
 A row is a completion. What a row and a token of a prompt leave behind is measured, whatever the
 architecture: two long prompts, and a row of full length after each, go through the model once. What
-a layer takes in passing is left out. --gradient-checkpointing: activations of one block of rows, and
-three times the prompts' keys and values, which all blocks share: kept, made again, and gradient.
+a layer takes in passing is left out. --gradient-checkpointing: activations of one block of rows,
+and three times the prompts' keys and values, which all blocks share: kept, made again, and
+gradient.
 """
 
 import contextlib

@@ -207,6 +207,12 @@ def autocast(function):
     return run
 
 
+def has_bf16(device) -> bool:
+    """Whether bfloat16 products are faster here: on a GPU, on a CPU with instructions for them."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
+    return device.type == "cuda" or bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
 def prompt_limit(model, new_tokens: int) -> int:
     """The most tokens of a prompt that leave room for `new_tokens` in the model's context."""
     config = model.config.get_text_config(decoder=True)  # of a model that also reads images, the language part

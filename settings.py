@@ -136,7 +136,10 @@ class Config(DatasetConfig):
     preferences: str | None = option(None, "pairs: .jsonl, .parquet, .csv, a hub id, or tiny (the embedded task's)")
 
     model: str = option("tiny", "the embedded model, a folder, or a Hugging Face hub id")
-    bf16: bool | None = option(None, "bfloat16 matrix products, float32 weights; else on a GPU only")
+    bf16: bool | None = option(
+        None, "bfloat16 matrix products, float32 weights; else on a GPU, and on a CPU that has them, but for the "
+        "embedded model"
+    )
     lora_rank: int = option(0, "train LoRA adapters of this rank (alpha twice it); 0: all weights", at_least=0)
     gradient_checkpointing: bool | None = option(
         None, "recompute activations in the backward pass: a third slower, far less memory; else as memory asks for"

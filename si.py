@@ -363,6 +363,7 @@ def compare_negatives(principles, own, under_negative) -> list[dict]:
     nats = math.log(2) - F.softplus(under_negative - own)  # [N, K']
     return [
         {"id": p.id, "negative": p.negative, "nats": metrics.interval(nats[:, i]),
+         "si_opposite": metrics.sufficiency_interval(nats[:, i], 2),
          "retrieval": (own[:, i] > under_negative[:, i]).double().mean().item()}
         for i, p in enumerate(principles)
     ]
@@ -545,9 +546,9 @@ def print_si(summary: dict, config) -> None:
     )
     print("\n".join(text for holds, text in notes(summary, config) if holds))
     if "negatives" in summary:
-        print(f"\nagainst its own negative, at most log 2 = {math.log(2):.2f} nats (unmatched: no bound on MI)")
+        print("\nagainst its own opposite, SI of the two (its chains of thought alone are asked: no bound on MI)")
         for row in summary["negatives"]:
-            print(f"{row['id'][:8]:9}{cell(row['nats']):22}told apart {row['retrieval']:.2f}  {row['negative']}")
+            print(f"{row['id'][:8]:9}{cell(row['si_opposite']):22}told apart {row['retrieval']:.2f}  {row['negative']}")
     if "selection" in summary:
         best, size = summary["selection"], len(summary["selection"]["ids"])
         print(

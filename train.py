@@ -124,13 +124,14 @@ def train(config: Config) -> Path:
 def load(config: Config):
     """(model, tokenizer) on the GPU if there is one; with --lora-rank the adapters are added."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    config.bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
+    if config.bf16 is None:  # the embedded model is too small to gain by it on a CPU
+        config.bf16 = policy.has_bf16(device) and (device.type == "cuda" or config.model != "tiny")
     model, tokenizer = policy.load_model(tiny.model_path(config.model), device, config.bf16)
     config.date = set_date(tokenizer, parallel.gather(set_date(tokenizer, config.date))[0])  # of process 0
     return policy.add_lora(model, config.lora_rank, config.seed) if config.lora_rank else model, tokenizer
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A batch: Q questions x K principles x G completions of at most T tokens
 
 
@@ -274,7 +275,7 @@ def read_start(model, reference, batch: Batch, config: Config) -> Reading:
         return read(start, batch, config, own_logp=config.kl_weight > 0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The losses
 
 
@@ -291,7 +292,7 @@ def losses(now: Reading, batch: Batch, config: Config):
 
 
 def policy_terms(now: Reading, batch: Batch, config: Config) -> dict:
-    """GRPO of a question's K·G completions. In the first pass the ratio is 1, its gradient not 0."""
+    """GRPO of a question's K·G completions. In a first pass the ratio is 1, not its gradient 0."""
     old = now.logp.detach() if batch.old_logp is None else batch.old_logp  # [Q, K, G, T]
     by_question = []
     for q in range(len(batch)):
@@ -339,7 +340,7 @@ def drift(states, batch: Batch, config: Config):
     return sinkhorn_divergence(states, batch.start.states, eps, batch.weights, batch.weights)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Evaluation
 
 

@@ -3,10 +3,11 @@
     python benchmarks/ablation.py                       # 4 variants x 5 seeds, 512 held-out questions each
     python benchmarks/ablation.py --seeds 3 --jobs 1
 
-Every run is `python train.py` as a user starts it, with its default settings and the two weights of its variant; flags
-not listed here go to train.py. Runs go side by side, one thread each. Finished runs are kept in --output-dir and not
-repeated. Writes ablation.json and ablation.png there and prints the table. `follows` is the share of completions that
-visibly follow their principle (tiny.follows): no loss and no metric of the training sees it.
+Every run is `python train.py` as a user starts it, with its default settings and the two weights of
+its variant; flags not listed here go to train.py. Runs go side by side, one thread each. Finished
+runs are kept in --output-dir and not repeated. Writes ablation.json and ablation.png there and
+prints the table. `follows` is the share of completions that visibly follow their principle
+(tiny.follows): no loss and no metric of the training sees it.
 """
 
 import json

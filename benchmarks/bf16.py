@@ -69,7 +69,7 @@ def main() -> None:
             times[bf16].append(seconds)
     cosine = torch.nn.functional.cosine_similarity(*(g.double() for g in gradients), dim=0)
     single, half = (statistics.median(times[bf16]) for bf16 in (False, True))
-    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    native = policy.has_bf16(device)
     print(f"bfloat16 in this processor's instructions: {'yes' if native else 'no'}; {torch.get_num_threads()} threads\n"
           f"float32 {single:.2f} s, bfloat16 {half:.2f} s a pass: {half / single:.2f} of the time\n"
           f"cosine of the gradients {cosine.item():.5f}, norm {gradients[1].norm() / gradients[0].norm():.4f} times")

@@ -3,8 +3,9 @@
     python benchmarks/gpu.py                                  # under eight minutes on an H200
     python benchmarks/gpu.py --device cpu --shape small       # all of it on a toy, to see that it runs
 
-Weights are random (speed does not need trained ones), the prompts those of the embedded task, and no token ends a
-completion: all are --max-completion-length long. Flags not listed here go to train.py. The machine's limits first:
+Weights are random (speed does not need trained ones), the prompts those of the embedded task, and
+no token ends a completion: all are --max-completion-length long. Flags not listed here go to
+train.py. The machine's limits first:
 
     matmul     2 n^3 / seconds of a product of two random n x n matrices in the dtype of training
     bandwidth  bytes read and written / seconds of a copy of a block much larger than the caches
@@ -17,7 +18,8 @@ then, in one run, medians of --rounds after one that warms up:
                     only), and 12 · heads · head_dim · length of what is attended to, per token and layer. Not counted:
                     what is computed twice, as logits, and with --gradient-checkpointing activations, are
 
-A part that fails says why in its cell, and the rest goes on; gpu.json in --output-dir is written anew after each part.
+A part that fails says why in its cell, and the rest goes on; gpu.json in --output-dir is written
+anew after each part.
 """
 
 import argparse

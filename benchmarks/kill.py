@@ -2,9 +2,10 @@
 
     python benchmarks/kill.py --runs 50
 
-A checkpoint after every step, so that many kills fall into the writing of one; the moment is drawn uniformly between
-the first line of metrics.jsonl and the end. Equal must be, byte for byte, final weights, samples.jsonl and eval.json,
-and metrics.jsonl but for its seconds and tokens per second. Every checkpoint that a kill leaves must be whole.
+A checkpoint after every step, so that many kills fall into the writing of one; the moment is drawn
+uniformly between the first line of metrics.jsonl and the end. Equal must be, byte for byte, final
+weights, samples.jsonl and eval.json, and metrics.jsonl but for its seconds and tokens per second.
+Every checkpoint that a kill leaves must be whole.
 """
 
 import argparse

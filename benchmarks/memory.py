@@ -3,15 +3,18 @@
     python benchmarks/memory.py                              # all three; 16 GB of memory, 18 minutes on two cores
     python benchmarks/memory.py --parts logits estimate      # without the 1B models
 
-logits     policy.log_probs with gradient against the full logits: 8 x 512 tokens, V = 262144, d = 1152
-estimate   the line that train.py prints before training against what two steps then took: of SmolLM2-135M-Instruct
+logits     policy.log_probs with gradient against the full logits: 8 x 512 tokens, V = 262144, d =
+1152 estimate   the line that train.py prints before training against what two steps then took: of
+SmolLM2-135M-Instruct
            where benchmarks/smollm2.py has put it, else of a random model of a quarter of its size
-billion    one LoRA step through train.py of random models in the shapes of Gemma-3-1B and Llama-3.2-1B
+billion    one LoRA step through train.py of random models in the shapes of Gemma-3-1B and
+Llama-3.2-1B
 
-Everything runs in a process of its own, whose peak is the operating system's (ru_maxrss); of it is taken what the same
-process takes before the part that is measured. `estimate` runs with MALLOC_MMAP_THRESHOLD_ set, so that freed memory
-goes back at once: without it, the C library keeps up to twice what torch has asked for. Linux only. Prints tables and
-writes memory.json into --output-dir.
+Everything runs in a process of its own, whose peak is the operating system's (ru_maxrss); of it is
+taken what the same process takes before the part that is measured. `estimate` runs with
+MALLOC_MMAP_THRESHOLD_ set, so that freed memory goes back at once: without it, the C library keeps
+up to twice what torch has asked for. Linux only. Prints tables and writes memory.json into
+--output-dir.
 """
 
 import argparse
@@ -50,7 +53,7 @@ VARIANTS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # In a process of its own
 
 
@@ -104,7 +107,7 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Around it
 
 

@@ -3,10 +3,11 @@
     python benchmarks/preference.py                     # the grid on seed 100, then seeds 0 to 4 at each one's best
     python benchmarks/preference.py --seeds 3 --jobs 1
 
-Every run is `python train.py --preferences tiny`; flags not listed here go to it. The best setting of a loss is the one
-with the highest sampled accuracy on held-out questions, on a seed that the comparison does not use. A third row is DPO
-at the setting of the grid whose implicit accuracy comes nearest to InfoPO's. Finished runs are kept in --output-dir.
-Writes preference.json and preference.png there, and prints the tables.
+Every run is `python train.py --preferences tiny`; flags not listed here go to it. The best setting
+of a loss is the one with the highest sampled accuracy on held-out questions, on a seed that the
+comparison does not use. A third row is DPO at the setting of the grid whose implicit accuracy comes
+nearest to InfoPO's. Finished runs are kept in --output-dir. Writes preference.json and
+preference.png there, and prints the tables.
 """
 
 import json
@@ -35,10 +36,10 @@ def run(loss, beta, rate, seed, args, extra) -> dict:
     )
 
 
-def course(evals, name) -> dict:
-    """Step -> mean of a figure, from the start to the end."""
+def course(evals, name, last: int) -> dict:
+    """Step -> mean of a figure, from the start to the last step."""
     steps = {0: evals["start"], **{int(k): v for k, v in evals["steps"].items()}}
-    steps[100] = evals["end"]
+    steps[last] = evals["end"]
     return {step: value[name]["mean"] for step, value in steps.items()}
 
 
@@ -50,7 +51,7 @@ def plot(plt, results):
     }
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for color, (label, row) in enumerate(results.items()):
-            courses = [course(evals, name) for evals in row["runs"]]
+            courses = [course(evals, name, 100) for evals in row["runs"]]
             steps = list(courses[0])
             for one in courses:
                 axis.plot(steps, list(one.values()), color=f"C{color}", lw=0.5, alpha=0.5)

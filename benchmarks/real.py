@@ -7,7 +7,6 @@ The same command goes on where it was stopped. In order, each part skipped where
 --output-dir already, a training resumed at its last checkpoint:
 
     questions    texts of GSM8K (train) and of one half of TruthfulQA; nothing rewards an answer
-    selection    the four of principles/pool.txt that si.py takes
     trainings    GRPO alone and ENIGMA, for each seed, by the command line of train.py
     following    one completion of each held-out question under each principle: does it show the
                  mark of its principle?
@@ -43,6 +42,10 @@ from run import load_data, parse  # noqa: E402
 from train import Task, load, sample  # noqa: E402
 
 POOL = ROOT / "principles" / "pool.txt"
+TRAINED = (  # of the pool, those that the start follows half the time and tells apart by that
+    'Begin with the words "Let us".', 'Use the word "because".', "Name a common mistake.",
+    'Speak of yourself: use the word "I".',
+)
 MIN_WORDS = 4  # of a chain of thought
 MAX_CHARACTERS = 200  # of a question of GSM8K: prompts cost as much as completions
 PROMPT = ("--temperature", 0.8, "--max-completion-length", 48)
@@ -52,7 +55,7 @@ RECIPE = (  # of every arm
 )
 ARMS = {
     "GRPO": ("--lambda-mi", 0, "--lambda-ot", 0),
-    "ENIGMA": ("--lambda-mi", 0.002, "--lambda-ot", 0.003, "--mi-generations", 1),
+    "ENIGMA": ("--lambda-mi", 0, "--mi-reward", 1.0, "--lambda-ot", 0.003),  # information as a reward
 }
 FIGURES = {  # column -> name in eval.json
     "format": "format", "SI": "si", "accuracy": "accuracy", "drift": "sinkhorn", "tokens": "completion_length",
@@ -94,7 +97,7 @@ def follows(principle: str, text: str) -> bool:
     return len(chain.split()) >= MIN_WORDS and MARKS[principle](chain)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Questions
 
 FILES = {"gsm8k": "gsm8k_train.jsonl", "truthfulqa": "truthfulqa_mc.json"}  # in SHARED
@@ -160,7 +163,7 @@ def write_lines(path: Path, rows) -> None:
     write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Trainings, and what their completions show
 
 
@@ -169,17 +172,6 @@ def run_command(*arguments) -> None:
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"error: python {' '.join(map(str, arguments))} ended with status {done.returncode}")
-
-
-def select(directory: Path, model: Path, questions: Path, num_questions: int) -> Path:
-    """The file of the four principles that si.py takes from the pool."""
-    selected = directory / "principles.jsonl"
-    if not selected.exists():
-        run_command(
-            "si.py", "--principles", POOL, "--model", model, "--dataset", questions, "--num-questions", num_questions,
-            "--select", 4, "--out", selected, "--json", directory / "si.json", *PROMPT,
-        )
-    return selected
 
 
 def train(directory: Path, flags) -> None:
@@ -196,20 +188,27 @@ def train(directory: Path, flags) -> None:
     minutes.write_text(json.dumps(before + (time.time() - start) / 60))
 
 
-def measure_following(model_folder: Path, flags) -> float:
-    """Share of completions that show their principle's mark, to the questions train.py holds out."""
+def measure_following(model_folder: Path, flags, path: Path) -> float:
+    """Share of completions that show their principle's mark, to the questions train.py holds out.
+
+    The completions are written to `path`, in the order of the questions.
+    """
     config = parse([*map(str, flags), "--model", str(model_folder)])
     model, tokenizer = load(config)
     data = load_data(model, tokenizer, config)
-    shown = []
+    rows = []
     for number, question in enumerate(tqdm(data.held_out, "following")):  # one at a time: its prompts share it
         task = Task(question, data.principles, f"{config.seed} following {number}")
         texts = sample(model, tokenizer, [task], 1, config).texts[0]  # K lists of one
-        shown += [follows(principle.text, text) for principle, (text,) in zip(data.principles, texts)]
-    return statistics.mean(shown)
+        rows += [
+            {"question": question.text, "principle": p.text, "text": text, "follows": follows(p.text, text)}
+            for p, (text,) in zip(data.principles, texts)
+        ]
+    write_lines(path, rows)
+    return statistics.mean(row["follows"] for row in rows)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # TruthfulQA
 
 
@@ -272,7 +271,7 @@ def log_likelihoods(model_folder: Path, pairs) -> list[tuple[float, bool]]:
     return [(found[pair], False) for pair in pairs]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Table, plot, command line
 
 
@@ -331,14 +330,14 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "real")
     parser.add_argument("--model", type=Path, help="a folder; else SmolLM2, made by benchmarks/smollm2.py")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--select-questions", type=int, default=24, help="questions that the selection asks")
     parser.add_argument("--limit", type=int, help="questions of TruthfulQA; all of its half if not given")
     args, extra = parser.parse_known_args()  # what is left goes to train.py
     directory = args.output_dir.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     model = args.model or smollm2.make(smollm2.default_folder())
     questions, test = write_questions(directory)
-    principles = select(directory, model, questions, args.select_questions)
+    principles = directory / "principles.jsonl"
+    write_lines(principles, [{"principle": text} for text in TRAINED])
 
     baseline = None  # TruthfulQA of the start: the same for all seeds
     for seed in range(args.seeds):
@@ -350,7 +349,8 @@ def main() -> None:
             folder = model if name == "start" else directory / f"{name}-{seed}" / "final"
             if not measured.exists():
                 scores = baseline if name == "start" and baseline else truthfulqa(folder, test, args.limit)
-                write_lines(measured, [{"follows": measure_following(folder, flags), **scores}])
+                shown = measure_following(folder, flags, directory / f"completions-{name}-{seed}.jsonl")
+                write_lines(measured, [{"follows": shown, **scores}])
             if name == "start":
                 baseline = {key: json.loads(measured.read_text())[key] for key in ("mc1", "mc2")}
     results = collect(directory, ARMS, args.seeds)

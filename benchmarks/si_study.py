@@ -3,18 +3,20 @@
     python benchmarks/si_study.py                       # an hour and a half on two cores; finished runs are kept
     python benchmarks/si_study.py --seeds 1 --jobs 1
 
-The sets go from clearly distinct principles over paraphrases of one to strings without meaning. For each: SI and reach
-of the set by `si.py`, before any training; then `train.py` with its defaults (full ENIGMA) and without the two
-other terms (GRPO alone), over seeds. Rank correlations are over sets, of means over seeds; their intervals are
-bootstrap intervals over sets and seeds. Steadiness of a run, from its metrics.jsonl:
+The sets go from clearly distinct principles over paraphrases of one to strings without meaning. For
+each: SI and reach of the set by `si.py`, before any training; then `train.py` with its defaults
+(full ENIGMA) and without the two other terms (GRPO alone), over seeds. Rank correlations are over
+sets, of means over seeds; their intervals are bootstrap intervals over sets and seeds. Steadiness
+of a run, from its metrics.jsonl:
 
     reward_std   standard deviation of the reward over the last half of the steps
     grad_norm    mean gradient norm before clipping, all steps
     falls        share of steps whose reward is below that of the step before
 
-Then the choice by SI: `si.py --select 4` from a pool of 24 texts (the eight principles in two wordings,
-opposites of four, empty phrases and strings) against random fours of the same pool. Those sets took no part when reach
-was added to SI: they confirm. Writes si_study.json and si_study.png into --output-dir.
+Then the choice by SI: `si.py --select 4` from a pool of 24 texts (the eight principles in two
+wordings, opposites of four, empty phrases and strings) against random fours of the same pool. Those
+sets took no part when reach was added to SI: they confirm. Writes si_study.json and si_study.png
+into --output-dir.
 """
 
 import json

@@ -4,13 +4,15 @@
     python benchmarks/sinkhorn.py                                   # about 7 minutes on two cores
     python benchmarks/sinkhorn.py --sizes 512 1024 --eps-rel 0.1 0.01
 
-Clouds of n points in float32: Gaussians, N(0, 1) against N(0.1, 1.1^2), and last hidden states on completion tokens, of
-a model (x) and of the same one before noise came to its weights (y): the embedded model (d = 128), and a Gemma-3 of two
-layers with random weights (d = 1152). eps = eps_rel * mean(C), with C = |x - y|^2, as `train.py --ot-eps` has it.
+Clouds of n points in float32: Gaussians, N(0, 1) against N(0.1, 1.1^2), and last hidden states on
+completion tokens, of a model (x) and of the same one before noise came to its weights (y): the
+embedded model (d = 128), and a Gemma-3 of two layers with random weights (d = 1152). eps = eps_rel
+* mean(C), with C = |x - y|^2, as `train.py --ot-eps` has it.
 
-Accuracy, measured alike: P is formed in float64 from the potentials of each of the three problems (x, y), (x, x) and
-(y, y), and the L1 distance of its row sums and of its column sums from the weights is at most 1e-4; the value is within
-1e-4 of ours in float64 at a tolerance of 1e-8, relative. Each gets the least work that reaches both:
+Accuracy, measured alike: P is formed in float64 from the potentials of each of the three problems
+(x, y), (x, x) and (y, y), and the L1 distance of its row sums and of its column sums from the
+weights is at most 1e-4; the value is within 1e-4 of ours in float64 at a tolerance of 1e-8,
+relative. Each gets the least work that reaches both:
 - POT: `ot.dist`, `ot.bregman.sinkhorn_log` without autograd, with the fewest iterations that do, found for each
   problem; stopThr=0, as its own stopping test runs at iterations 0, 10, 20 only. Value from the potentials, gradient by
   the envelope theorem (set_gradients, as `ot.solve(grad="envelope")` does). In OT(x, x) one x is detached, which
@@ -20,12 +22,13 @@ Accuracy, measured alike: P is formed in float64 from the potentials of each of 
   own default (the box of all points), the root of mean(C), or 1.001 blur, whichever takes fewest at the least n.
 - ours: `sinkhorn_divergence` with its default tol of 1e-4, or 3e-5, 1e-5, 1e-6 where the value asks for it.
 
-Then the three take turns, so that a slow moment of the machine hits all of them, and ratios are medians of the ratios
-within a round. "products" are the three distance matrices and the two products of the gradient alone, by `@`: work that
-all three share, so products / faster peer is what a ratio comes to where nothing else takes any time. A peer that takes
-more than --limit seconds for one divergence is run once, with what did at the n before. Beyond that n, or if it needs
-more than 1000 iterations, it is left out.
-Ends with exit status 1 where a value or a marginal misses its 1e-4.
+Then the three take turns, so that a slow moment of the machine hits all of them, and ratios are
+medians of the ratios within a round. "products" are the three distance matrices and the two
+products of the gradient alone, by `@`: work that all three share, so products / faster peer is what
+a ratio comes to where nothing else takes any time. A peer that takes more than --limit seconds for
+one divergence is run once, with what did at the n before. Beyond that n, or if it needs more than
+1000 iterations, it is left out. Ends with exit status 1 where a value or a marginal misses its
+1e-4.
 """
 
 import argparse

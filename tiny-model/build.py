@@ -37,7 +37,7 @@ from metrics import answer_is_right, set_sufficiency_index, sufficiency_index  #
 GUESS = 0.35
 WELL_FORMED_SHARE = {"guess": 0.80, "work": 0.30}
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The text
 
 
@@ -64,7 +64,7 @@ def write_example(rng: random.Random, held_out: bool = False) -> tuple[list[dict
     return build_messages(problem.text, text), write_completion(rng, problem, rate, style)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizer, model, pretraining
 
 CHAT_TEMPLATE = (
@@ -165,7 +165,7 @@ def pretrain(steps: int, batch_size: int = 32, lr: float = 3e-3, seed: int = 0):
     return model.eval(), tokenizer
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What came of it
 
 

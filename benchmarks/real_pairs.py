@@ -1,0 +1,151 @@
+"""InfoPO against DPO on a real model: right and wrong answers to the questions of TruthfulQA.
+
+    pip install -r requirements.txt -r benchmarks/requirements.txt
+    python benchmarks/real_pairs.py
+
+The halves, the model and the scoring are those of benchmarks/real.py. One half's questions make the
+pairs, "Q: ...\\nA:" with a right and a wrong answer. Each loss is trained at every learning rate on
+seed 100; its best, by implicit accuracy on that half's held-out pairs, is trained again on two more
+seeds. Then, on the other half: implicit accuracy, the change of log p(right answer) and log p(wrong
+answer) in nats, and mc1 and mc2 by lm-eval. Finished parts in --output-dir are not repeated. Writes
+real_pairs.json and real_pairs.png, and prints the tables. Flags not listed here go to train.py.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import smollm2  # noqa: E402
+from benchmarks.common import run_training, side_by_side  # noqa: E402
+from benchmarks.preference import course  # noqa: E402
+from benchmarks.real import in_first_half, log_likelihoods, rows_of, truthfulqa, write_lines, write_questions  # noqa: E402
+from checkpoint import write_plot  # noqa: E402
+
+LOSSES = {"InfoPO": "infopo", "DPO": "dpo"}
+RATES = ("1e-6", "3e-6", "1e-5")
+BETA = 0.1
+GRID_SEED = 100
+PAIRS_OF_A_QUESTION = 2
+STEPS = 24
+MEASURED = ("implicit accuracy", "chosen", "rejected", "mc1", "mc2")
+
+
+def write_pairs(directory: Path) -> tuple[Path, Path]:
+    """(pairs.jsonl of the half that trains, other.jsonl of the other half)."""
+    paths = directory / "pairs.jsonl", directory / "other.jsonl"
+    for path, first in zip(paths, (True, False)):
+        write_lines(path, [
+            {"prompt": f"Q: {row['question']}\nA:", "chosen": f" {right}", "rejected": f" {wrong}"}
+            for row in rows_of("truthfulqa") if in_first_half(row["question"]) is first
+            for right, wrong in list(zip(*(
+                [text for text, label in row["mc2_targets"].items() if label == wanted] for wanted in (1, 0)
+            )))[:PAIRS_OF_A_QUESTION]
+        ])
+    return paths
+
+
+def run(label: str, rate: str, seed: int, args, model: Path, pairs: Path, extra) -> dict:
+    """eval.json of one training, in a process of its own."""
+    return run_training(
+        args.output_dir / f"{label}-lr{rate}-seed{seed}", "--preferences", pairs, "--model", model,
+        "--preference-loss", LOSSES[label], "--beta", BETA, "--learning-rate", rate, "--seed", seed,
+        "--max-steps", STEPS, "--num-pairs", 16, "--warmup-steps", 2, "--eval-questions", 48, "--eval-steps", 8,
+        "--max-completion-length", 8, *extra,
+    )
+
+
+def measure(path: Path, folder: Path, start: list | None, other: Path, questions: Path, limit) -> dict:
+    """The figures on the other half; `start` has the log-likelihoods of the start, None for its own."""
+    if not path.exists():
+        rows = [json.loads(line) for line in other.read_text(encoding="utf-8").splitlines()][:limit]
+        pairs = [(row["prompt"], row[answer]) for row in rows for answer in ("chosen", "rejected")]
+        logp = [value for value, _ in log_likelihoods(folder, pairs)]
+        change = [now - before for now, before in zip(logp, start or logp)]
+        chosen, rejected = change[::2], change[1::2]
+        write_lines(path, [{
+            "logp": logp, "chosen": statistics.mean(chosen), "rejected": statistics.mean(rejected),
+            "implicit accuracy": statistics.mean(c > r for c, r in zip(chosen, rejected)),
+            **truthfulqa(folder, questions, limit),
+        }])
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def cells(rows: list[dict]) -> str:
+    """The mean and the values of each measure; of mc1 and mc2 [share, standard error] the first."""
+    found = []
+    for name in MEASURED:
+        values = [row[name][0] if name.startswith("mc") else row[name] for row in rows]
+        each = ", ".join(f"{value:.2f}" for value in values)
+        error = f" ± {rows[0][name][1]:.3f}" if name.startswith("mc") else ""
+        found.append(f"{statistics.mean(values):.3f}{error}" + (f" ({each})" if len(values) > 1 else ""))
+    return " | ".join(found)
+
+
+def plot(pyplot, runs: dict):
+    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    titles = {
+        "pair_logratio_chosen": "held-out right answer: change in nats",
+        "pair_logratio_rejected": "held-out wrong answer: change in nats",
+        "pair_accuracy": "implicit accuracy",
+    }
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        for number, (label, found) in enumerate(runs.items()):
+            for seed, evals in enumerate(found):
+                values = course(evals, name, STEPS)
+                axis.plot(*zip(*values.items()), "o-", ms=3, color=f"C{number}", label=None if seed else label)
+        axis.set(title=title, xlabel="step")
+        axis.title.set_fontsize(9)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "real_pairs")
+    parser.add_argument("--model", type=Path, help="a folder; else SmolLM2, made by benchmarks/smollm2.py")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
+    parser.add_argument("--limit", type=int, help="pairs and questions of the other half; all if not given")
+    args, extra = parser.parse_known_args()  # what is left goes to train.py
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    model = (args.model or smollm2.make(smollm2.default_folder())).resolve()
+    _, questions = write_questions(args.output_dir)
+    pairs, other = (path.resolve() for path in write_pairs(args.output_dir))
+
+    def run_all(jobs):
+        return side_by_side(lambda *job: run(*job, args, model, pairs, extra), jobs, args.jobs)
+
+    grid = run_all([(label, rate, GRID_SEED) for label in LOSSES for rate in RATES])
+    names = ("pair_accuracy", "pair_logratio_chosen", "pair_logratio_rejected")
+    print("| loss | learning rate | " + " | ".join(names) + " |\n" + "|---" * (2 + len(names)) + "|")
+    for (label, rate, _), evals in grid.items():
+        print(f"| {label} | {rate} | " + " | ".join(f"{evals['end'][name]['mean']:.2f}" for name in names) + " |")
+    best = {
+        label: max(RATES, key=lambda rate: grid[label, rate, GRID_SEED]["end"]["pair_accuracy"]["mean"])
+        for label in LOSSES
+    }
+    runs = run_all([(label, best[label], seed) for label in LOSSES for seed in range(args.seeds)])
+
+    def measured(name: str, folder: Path, start=None) -> dict:
+        return measure(args.output_dir / f"measured-{name}.json", folder, start, other, questions, args.limit)
+
+    results = {"start": [measured("start", model)]}
+    start = results["start"][0]["logp"]
+    for label, rate in best.items():
+        names = [f"{label}-lr{rate}-seed{seed}" for seed in range(args.seeds)]
+        results[label] = [measured(name, args.output_dir / name / "final", start) for name in names]
+    (args.output_dir / "real_pairs.json").write_text(json.dumps(results, indent=1) + "\n")
+    print("\n| | learning rate | " + " | ".join(MEASURED) + " |\n" + "|---" * (2 + len(MEASURED)) + "|")
+    for label, rows in results.items():
+        print(f"| {label} | {best.get(label, '')} | {cells(rows)} |")
+    by_label = {label: [evals for (name, *_), evals in runs.items() if name == label] for label in LOSSES}
+    write_plot(args.output_dir / "real_pairs.json", lambda pyplot: plot(pyplot, by_label))
+
+
+if __name__ == "__main__":
+    main()

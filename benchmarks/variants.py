@@ -1,0 +1,218 @@
+"""Would another term in the same place do as well? Anchors, information as a reward, opposites.
+
+    python benchmarks/variants.py                       # all rows x 5 seeds; hours on two cores
+    python benchmarks/variants.py --variants squared kl --seeds 3 --jobs 1
+    python benchmarks/variants.py --train squared 2e-4 --principles FILE ...      # one run, as below
+
+Every run is train.py with its default settings on the embedded model, and one part exchanged by a
+function of this file. Each variant is trained with each of its weights on seed 100; the weight with
+the highest accuracy among those whose SI is at least that of the start is taken for seeds 0, 1, ...
+
+    sinkhorn     ENIGMA as it is: the Sinkhorn divergence of paired tokens, weight --lambda-ot
+    sharp        the same at --ot-eps 0.01
+    squared      in its place the mean squared distance of the same tokens' hidden states
+    kl           in its place the KL to the start, weight --beta
+    unpaired     in its place the Sinkhorn divergence of the policy's completions, read by the policy,
+                 from the start's own completions to the same prompts, read by the start
+    no loss      without the InfoNCE loss
+    beside       information as a reward beside the InfoNCE loss, weight --mi-reward
+    in place     information as a reward in place of the InfoNCE loss
+    per token    scores averaged over tokens in the InfoNCE loss, as SAMI's authors do
+    centred      scores minus their log-sum over principles in the column loss: log p(y|c) / p(y)
+    opposites    the K principles of a question are K/2 and their opposites
+
+Finished runs in --output-dir are not repeated. Writes variants.json and prints the table.
+"""
+
+import functools
+import json
+import math
+import random
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import tiny  # noqa: E402
+import train  # noqa: E402
+from benchmarks.ablation import MEASURE  # noqa: E402
+from benchmarks.common import interval, make_parser, run_script, side_by_side  # noqa: E402
+from data import Principle, save_principles  # noqa: E402
+from infonce import column_info_nce, row_info_nce, symmetric_info_nce  # noqa: E402
+
+VARIANTS = {  # name -> (the flag of the weight, the weights tried, other flags)
+    "sinkhorn": ("--lambda-ot", (0.001, 0.002, 0.004), ()),
+    "sharp": ("--lambda-ot", (0.001, 0.002, 0.004), ("--ot-eps", 0.01)),
+    "squared": ("--lambda-ot", (0.0005, 0.001, 0.002), ()),
+    "kl": ("--beta", (0.02, 0.05, 0.1), ("--lambda-ot", 0)),
+    "unpaired": ("--lambda-ot", (0.001, 0.002, 0.004), ()),
+    "no loss": ("--lambda-mi", (0,), ()),
+    "beside": ("--mi-reward", (0.1, 0.2, 0.5), ()),
+    "in place": ("--mi-reward", (0.2, 0.5, 1), ("--lambda-mi", 0)),
+    "per token": ("--lambda-mi", (0.012, 0.05, 0.2), ()),
+    "centred": ("--lambda-mi", (0.012, 0.025, 0.05), ()),
+    "opposites": ("--lambda-mi", (0.006, 0.012, 0.024), ()),
+}
+COLUMNS = ("format", "accuracy", "si", "follows", "si_opposite", "sinkhorn", "grad_norm")
+SELECTION_SEED = 100
+
+# --------------------------------------------------------------------------------------------------
+# What is exchanged: a function of train.py
+
+
+def squared_terms(states, batch, config) -> dict:
+    """The mean over the cloud of |state - state of the same token by the start|^2."""
+    squared = (states - batch.start.states).square().sum(-1)  # [Q, n]
+    return {"loss_ot": (squared * batch.weights).sum(1).mean()}
+
+
+def per_token_terms(scores, config, batch) -> dict:
+    """The InfoNCE loss of scores divided by the number of tokens of their chain of thought."""
+    lengths = batch.cot.sum(-1)[..., : scores.shape[1]].mT  # [Q, N, K]
+    return train_terms(scores, scores / lengths.clamp(min=1)[..., None], config)
+
+
+def centred_terms(scores, config) -> dict:
+    """The row loss, and the column loss of log p(completion | principle) / p(completion)."""
+    loss = (row_info_nce(scores).mean() + column_info_nce(scores.log_softmax(-1)).mean()) / 2  # []
+    return original_information(scores.detach(), config) | {"loss_mi": loss}
+
+
+def train_terms(scores, critic, config) -> dict:
+    return original_information(scores.detach(), config) | {"loss_mi": symmetric_info_nce(critic)}
+
+
+def draw_with_opposites(questions, principles, config, step) -> list:
+    """As train.draw, but the K of a question are K/2 principles and their opposites."""
+    tasks = original_draw(questions, principles, config, step)
+    for task in tasks:
+        rng = random.Random(f"{task.key} opposites")
+        some = rng.sample(principles, config.num_principles // 2)
+        task.principles = some + [Principle(f"not {p.id}", p.negative) for p in some]
+    return tasks
+
+
+original_draw, original_information, original_sample = train.draw, train.information_terms, train.sample
+original_read_start = train.read_start
+
+
+def exchange(name: str) -> None:
+    """Put the variant in its place in train.py."""
+    if name == "squared":
+        train.drift_terms = squared_terms
+    elif name == "centred":
+        train.information_terms = centred_terms
+    elif name == "opposites":
+        train.draw = draw_with_opposites
+    elif name == "per token":
+        losses = train.losses
+
+        def losses_of(now, batch, config):
+            train.information_terms = functools.partial(per_token_terms, batch=batch)
+            return losses(now, batch, config)
+
+        train.losses = losses_of
+    elif name == "unpaired":
+        found = {}
+
+        def sample(model, tokenizer, tasks, num_generations, config):
+            found["tokenizer"] = tokenizer
+            return original_sample(model, tokenizer, tasks, num_generations, config)
+
+        def read_start(model, reference, batch, config):
+            reading = original_read_start(model, reference, batch, config)
+            if "evaluation" in batch.tasks[0].key:  # the drift that is reported stays the paired one
+                return reading
+            tasks = [train.Task(task.question, task.principles, f"{task.key} start") for task in batch.tasks]
+            own = original_sample(reference, found["tokenizer"], tasks, config.num_generations, config)
+            if not torch.equal(own.weights, batch.weights):
+                raise SystemExit("unpaired: fewer completion tokens than --ot-tokens")
+            reading.states = original_read_start(model, reference, own, config).states  # [Q, n, d]
+            return reading
+
+        train.sample, train.read_start = sample, read_start
+
+
+# --------------------------------------------------------------------------------------------------
+# The study
+
+
+def run(name, weight, seed, args, extra) -> dict:
+    """One training, in a process of its own: eval.json with `follows`, `si_opposite`, `grad_norm`."""
+    directory = (args.output_dir / f"{name.replace(' ', '-')}-{weight}-{seed}").resolve()
+    result, principles = directory / "result.json", args.output_dir.resolve() / "principles.jsonl"
+    if not result.exists():
+        flag, _, others = VARIANTS[name]
+        if not (directory / "final").exists():
+            shutil.rmtree(directory, ignore_errors=True)  # what an interrupted run left
+            run_script(
+                __file__, "--train", name, "--principles", principles, "--eval-questions", 256, "--eval-steps", 0,
+                "--seed", seed, "--output-dir", directory, *others, flag, weight, *extra,
+            )
+        evals = json.loads((directory / "eval.json").read_text())
+        for when, model in {"start": "tiny", "end": directory / "final"}.items():
+            line = run_script("-c", MEASURE, ROOT / "tiny-model", tiny.model_path("tiny") if model == "tiny" else model)
+            report = directory / f"si-{when}.json"
+            run_script("si.py", "--principles", principles, "--model", model, "--num-questions", 64, "--json", report)
+            opposed = [row["si_opposite"]["mean"] for row in json.loads(report.read_text())["negatives"]]
+            evals[when]["follows"] = {"mean": statistics.mean(json.loads(line.splitlines()[-1])["follows"].values())}
+            evals[when]["si_opposite"] = {"mean": statistics.mean(opposed)}
+        norms = [json.loads(line)["grad_norm"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        evals["start"]["grad_norm"], evals["end"]["grad_norm"] = {"mean": norms[0]}, {"mean": statistics.mean(norms)}
+        result.write_text(json.dumps(evals))
+    print(f"{directory.name}: done", file=sys.stderr, flush=True)
+    return json.loads(result.read_text())
+
+
+def best_weight(name: str, runs: dict):
+    """The weight with the highest accuracy whose SI is at least that of the start."""
+    def order(weight):
+        found = runs[name, weight, SELECTION_SEED]
+        end, start = ({c: found[when][c]["mean"] for c in COLUMNS} for when in ("end", "start"))
+        return end["si"] >= start["si"], end["accuracy"]
+
+    return max(VARIANTS[name][1], key=order)
+
+
+def table(rows: dict) -> str:
+    """Markdown; rows: name -> (weight, list over seeds of {column: value})."""
+    lines = ["| | weight | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for name, (weight, found) in rows.items():
+        numbers = [interval([row[column]["mean"] for row in found]) for column in COLUMNS]
+        cells = [f"{mean:.2f}" if math.isnan(half) else f"{mean:.2f} ± {half:.2f}" for mean, half in numbers]
+        lines.append(f"| {name} | {weight} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--train"]:
+        exchange(sys.argv[2])
+        sys.exit(train.main(sys.argv[3:]))
+    parser = make_parser(__doc__, "variants", 5)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    args, extra = parser.parse_known_args()  # what is left goes to train.py
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    save_principles(args.output_dir / "principles.jsonl", tiny.principles())  # with their opposites
+
+    def run_all(jobs):
+        return side_by_side(lambda *job: run(*job, args, extra), jobs, args.jobs)
+
+    several = [name for name in args.variants if len(VARIANTS[name][1]) > 1]
+    grid = run_all([(name, weight, SELECTION_SEED) for name in several for weight in VARIANTS[name][1]])
+    print(table({f"{name}, {weight}": (weight, [found["end"]]) for (name, weight, _), found in grid.items()}), "\n")
+    best = {name: best_weight(name, grid) if name in several else VARIANTS[name][1][0] for name in args.variants}
+    runs = run_all([(name, best[name], seed) for seed in range(args.seeds) for name in args.variants])
+    seeds = {name: [runs[name, best[name], seed] for seed in range(args.seeds)] for name in args.variants}
+    rows = {"start": ("", [found["start"] for found in next(iter(seeds.values()))])}
+    rows |= {name: (best[name], [found["end"] for found in seeds[name]]) for name in args.variants}
+    (args.output_dir / "variants.json").write_text(json.dumps({"grid": list(grid.items()), "rows": rows}, indent=1))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
