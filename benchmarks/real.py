@@ -42,10 +42,7 @@ from run import load_data, parse  # noqa: E402
 from train import Task, load, sample  # noqa: E402
 
 POOL = ROOT / "principles" / "pool.txt"
-TRAINED = (  # of the pool, those that the start follows half the time and tells apart by that
-    'Begin with the words "Let us".', 'Use the word "because".', "Name a common mistake.",
-    'Speak of yourself: use the word "I".',
-)
+PRINCIPLES = ROOT / "principles" / "visible.txt"  # trained with: four of the pool
 MIN_WORDS = 4  # of a chain of thought
 MAX_CHARACTERS = 200  # of a question of GSM8K: prompts cost as much as completions
 PROMPT = ("--temperature", 0.8, "--max-completion-length", 48)
@@ -158,6 +155,10 @@ def write_questions(directory: Path) -> tuple[Path, Path]:
     return train, test
 
 
+def read_lines(path: Path) -> list:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def write_lines(path: Path, rows) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
@@ -188,11 +189,8 @@ def train(directory: Path, flags) -> None:
     minutes.write_text(json.dumps(before + (time.time() - start) / 60))
 
 
-def measure_following(model_folder: Path, flags, path: Path) -> float:
-    """Share of completions that show their principle's mark, to the questions train.py holds out.
-
-    The completions are written to `path`, in the order of the questions.
-    """
+def write_completions(model_folder: Path, flags, path: Path) -> None:
+    """One completion of each question that train.py holds out, under each principle, to `path`."""
     config = parse([*map(str, flags), "--model", str(model_folder)])
     model, tokenizer = load(config)
     data = load_data(model, tokenizer, config)
@@ -205,7 +203,6 @@ def measure_following(model_folder: Path, flags, path: Path) -> float:
             for p, (text,) in zip(data.principles, texts)
         ]
     write_lines(path, rows)
-    return statistics.mean(row["follows"] for row in rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -283,9 +280,10 @@ def collect(directory: Path, arms, seeds: int) -> dict:
             run = directory / f"{name if name != 'start' else next(iter(arms))}-{seed}"
             evals = json.loads((run / "eval.json").read_text())["start" if name == "start" else "end"]
             row = {column: evals[key]["mean"] for column, key in FIGURES.items() if key in evals}
-            extra = json.loads((directory / f"measured-{name}-{seed}.json").read_text())
-            row |= {"follows": extra["follows"], "mc1": extra["mc1"][0], "mc2": extra["mc2"][0]}
-            row |= {"mc1_error": extra["mc1"][1], "mc2_error": extra["mc2"][1]}
+            shown = read_lines(directory / f"completions-{name}-{seed}.jsonl")
+            row["follows"] = statistics.mean(line["follows"] for line in shown)
+            for key, (share, error) in read_lines(directory / f"truthfulqa-{name}-{seed}.json")[0].items():
+                row |= {key: share, f"{key}_error": error}
             row["minutes"] = 0.0 if name == "start" else json.loads((run / "minutes.json").read_text())
             results[name].append(row)
     return results
@@ -297,7 +295,7 @@ def table(results: dict) -> str:
     for name, rows in results.items():
         cells = []
         for column in COLUMNS:
-            values = [row[column] for row in rows if column in row]
+            values = [round(row[column], 3) + 0.0 for row in rows if column in row]  # + 0.0: no -0.00
             if not values:
                 cells.append("")
                 continue
@@ -336,23 +334,19 @@ def main() -> None:
     directory.mkdir(parents=True, exist_ok=True)
     model = args.model or smollm2.make(smollm2.default_folder())
     questions, test = write_questions(directory)
-    principles = directory / "principles.jsonl"
-    write_lines(principles, [{"principle": text} for text in TRAINED])
 
-    baseline = None  # TruthfulQA of the start: the same for all seeds
     for seed in range(args.seeds):
-        flags = ["--principles", principles, "--dataset", questions, "--seed", seed, *PROMPT, *RECIPE, *extra]
+        flags = ["--principles", PRINCIPLES, "--dataset", questions, "--seed", seed, *PROMPT, *RECIPE, *extra]
         for name, weights in ARMS.items():
             train(directory / f"{name}-{seed}", ["--model", model, *flags, *weights])
         for name in ("start", *ARMS):
-            measured = directory / f"measured-{name}-{seed}.json"
             folder = model if name == "start" else directory / f"{name}-{seed}" / "final"
-            if not measured.exists():
-                scores = baseline if name == "start" and baseline else truthfulqa(folder, test, args.limit)
-                shown = measure_following(folder, flags, directory / f"completions-{name}-{seed}.jsonl")
-                write_lines(measured, [{"follows": shown, **scores}])
-            if name == "start":
-                baseline = {key: json.loads(measured.read_text())[key] for key in ("mc1", "mc2")}
+            if not (path := directory / f"completions-{name}-{seed}.jsonl").exists():
+                write_completions(folder, flags, path)
+            if not (path := directory / f"truthfulqa-{name}-{seed}.json").exists():
+                same = directory / "truthfulqa-start-0.json"  # the start is one model for all seeds
+                again = name == "start" and same.exists()
+                write_lines(path, read_lines(same) if again else [truthfulqa(folder, test, args.limit)])
     results = collect(directory, ARMS, args.seeds)
     (directory / "real.json").write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))

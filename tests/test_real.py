@@ -30,6 +30,7 @@ def test_each_principle_of_the_pool_has_a_mark_that_is_found():
     texts = {principle.text for principle in load_principles(real.POOL)}
     assert texts == set(real.MARKS) == set(SHOWS)
     assert len(texts) >= 12
+    assert {principle.text for principle in load_principles(real.PRINCIPLES)} < texts
     for principle, (yes, no) in SHOWS.items():
         assert real.follows(principle, f"<reasoning>{yes}</reasoning><answer>5</answer>"), principle
         assert not real.follows(principle, f"<reasoning>{no}</reasoning><answer>5</answer>"), principle
