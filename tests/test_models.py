@@ -559,7 +559,6 @@ def test_out_of_memory_ends_with_advice_in_one_line(tmp_path, monkeypatch, capsy
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is optional")
 
 
-@needs_peft
 def test_bfloat16_is_the_default_where_the_processor_has_it_but_not_for_the_embedded_model(monkeypatch):
     def default(model, **capabilities):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
@@ -573,6 +572,7 @@ def test_bfloat16_is_the_default_where_the_processor_has_it_but_not_for_the_embe
     assert not default(str(tiny.MODEL_DIR)) and not default("tiny", avx512_bf16=True)
 
 
+@needs_peft
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_reference_of_lora_is_the_policy_at_the_start_and_only_adapters_train(bf16):
     model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"), bf16=bf16)
