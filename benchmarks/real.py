@@ -295,7 +295,7 @@ def table(results: dict) -> str:
     for name, rows in results.items():
         cells = []
         for column in COLUMNS:
-            values = [round(row[column], 3) + 0.0 for row in rows if column in row]  # + 0.0: no -0.00
+            values = [row[column] if abs(row[column]) > 1e-6 else 0.0 for row in rows if column in row]  # no -0.00
             if not values:
                 cells.append("")
                 continue
