@@ -10,6 +10,7 @@ prints the table. `follows` is the share of completions that visibly follow thei
 (tiny.follows): no loss and no metric of the training sees it.
 """
 
+import functools
 import json
 import statistics
 import sys
@@ -32,9 +33,15 @@ MEASURE = """
 import json, sys, torch, policy
 sys.path.insert(0, "tiny-model")
 import build
-for path in sys.argv[1:]:
-    print(json.dumps(build.measure(*policy.load_model(path, torch.device("cpu")), 128)))
+print(json.dumps(build.measure(*policy.load_model(sys.argv[1], torch.device("cpu")), 128)["follows"]))
 """
+
+
+@functools.cache  # the start is one model for all runs
+def measure_follows(model: Path) -> float:
+    """Share of completions that visibly follow their principle, mean over principles."""
+    printed = run_script("-c", MEASURE, model)
+    return statistics.mean(json.loads(printed.splitlines()[-1]).values())
 
 
 def run(name, seed, args, extra) -> dict:
@@ -46,9 +53,8 @@ def run(name, seed, args, extra) -> dict:
             directory, "--principles", "principles/reasoning.txt", "--eval-questions", 512, "--eval-steps", 0,
             "--seed", seed, *VARIANTS[name], *extra,
         )
-        printed = run_script("-c", MEASURE, ROOT / "tiny-model", directory.resolve() / "final")
-        for when, line in zip(("start", "end"), printed.splitlines()[-2:], strict=True):
-            evals[when]["follows"] = {"mean": statistics.mean(json.loads(line)["follows"].values())}
+        for when, model in (("start", ROOT / "tiny-model"), ("end", directory.resolve() / "final")):
+            evals[when]["follows"] = {"mean": measure_follows(model)}
         result.write_text(json.dumps(evals))
     return json.loads(result.read_text())
 

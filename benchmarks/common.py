@@ -35,11 +35,14 @@ def run_script(*arguments) -> str:
     return done.stdout
 
 
-def run_training(directory: Path, *flags) -> dict:
-    """eval.json of `python train.py FLAGS`; a directory that holds a finished run already is not trained again."""
+def run_training(directory: Path, *flags, script=("train.py",)) -> dict:
+    """eval.json of `python train.py FLAGS`, or of another script that takes these flags.
+
+    A directory that holds a finished run already is not trained again.
+    """
     if not (directory / "final").exists():
         shutil.rmtree(directory, ignore_errors=True)  # what an interrupted benchmark left
-        run_script("train.py", "--output-dir", directory.resolve(), *flags)
+        run_script(*script, "--output-dir", directory.resolve(), *flags)
     print(f"{directory.name}: done", file=sys.stderr, flush=True)
     return json.loads((directory / "eval.json").read_text())
 

@@ -3,12 +3,13 @@
     python benchmarks/memory.py                              # all three; 16 GB of memory, 18 minutes on two cores
     python benchmarks/memory.py --parts logits estimate      # without the 1B models
 
-logits     policy.log_probs with gradient against the full logits: 8 x 512 tokens, V = 262144, d =
-1152 estimate   the line that train.py prints before training against what two steps then took: of
-SmolLM2-135M-Instruct
-           where benchmarks/smollm2.py has put it, else of a random model of a quarter of its size
-billion    one LoRA step through train.py of random models in the shapes of Gemma-3-1B and
-Llama-3.2-1B
+    logits     policy.log_probs with gradient against the full logits: 8 x 512 tokens, V = 262144,
+               d = 1152
+    estimate   the line that train.py prints before training against what two steps then took: of
+               SmolLM2-135M-Instruct where benchmarks/smollm2.py has put it, else of a random model
+               of a quarter of its size
+    billion    one LoRA step through train.py of random models in the shapes of Gemma-3-1B and
+               Llama-3.2-1B
 
 Everything runs in a process of its own, whose peak is the operating system's (ru_maxrss); of it is
 taken what the same process takes before the part that is measured. `estimate` runs with
@@ -43,7 +44,6 @@ BILLION = {  # the published configurations of the two
 }
 STEP = "--eval-questions 2 --eval-steps 0 --warmup-steps 0 --principles principles/reasoning.txt".split()
 SMALLEST = "--lora-rank 16 --num-questions 1 --num-principles 2 --num-generations 2 --max-completion-length 16"
-SMOLLM2 = Path.home() / ".cache" / "enigma" / "SmolLM2-135M-Instruct"
 BATCH = "--num-questions 1 --num-principles 4 --num-generations 4 --max-completion-length 48"
 VARIANTS = {
     "all three terms": "",
@@ -194,7 +194,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=262144)
     parser.add_argument("--width", type=int, default=1152)
-    parser.add_argument("--model", default=SMOLLM2 if SMOLLM2.exists() else None, help="folder, of the estimate part")
+    from benchmarks.smollm2 import default_folder  # not in the measured processes, which import this file
+
+    smollm2 = default_folder()
+    parser.add_argument("--model", default=smollm2 if smollm2.exists() else None, help="folder, of the estimate part")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """ENIGMA on a real model: SmolLM2-135M-Instruct, real questions, principles with visible marks.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
-    python benchmarks/real.py            # half an hour for each training on two cores
+    python benchmarks/real.py            # half an hour for each training on one core
 
 The same command goes on where it was stopped. In order, each part skipped where its result is in
 --output-dir already, a training resumed at its last checkpoint:
@@ -323,16 +323,27 @@ def plot(pyplot, results: dict):
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "real")
+def make_parser(doc: str, name: str) -> argparse.ArgumentParser:
+    """The flags of the benchmarks on a real model; results go to runs/<name> by default."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / name)
     parser.add_argument("--model", type=Path, help="a folder; else SmolLM2, made by benchmarks/smollm2.py")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--limit", type=int, help="questions of TruthfulQA; all of its half if not given")
+    return parser
+
+
+def model_folder(args) -> Path:
+    """That of --model, or of SmolLM2, which is made where it is missing."""
+    return (args.model or smollm2.make(smollm2.default_folder())).resolve()
+
+
+def main() -> None:
+    parser = make_parser(__doc__, "real")
     args, extra = parser.parse_known_args()  # what is left goes to train.py
     directory = args.output_dir.resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    model = args.model or smollm2.make(smollm2.default_folder())
+    model = model_folder(args)
     questions, test = write_questions(directory)
 
     for seed in range(args.seeds):

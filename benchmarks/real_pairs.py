@@ -11,7 +11,6 @@ answer) in nats, and mc1 and mc2 by lm-eval. Finished parts in --output-dir are 
 real_pairs.json and real_pairs.png, and prints the tables. Flags not listed here go to train.py.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -20,10 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import smollm2  # noqa: E402
+from benchmarks import real  # noqa: E402
 from benchmarks.common import run_training, side_by_side  # noqa: E402
 from benchmarks.preference import course  # noqa: E402
-from benchmarks.real import in_first_half, log_likelihoods, rows_of, truthfulqa, write_lines, write_questions  # noqa: E402
 from checkpoint import write_plot  # noqa: E402
 
 LOSSES = {"InfoPO": "infopo", "DPO": "dpo"}
@@ -39,9 +37,9 @@ def write_pairs(directory: Path) -> tuple[Path, Path]:
     """(pairs.jsonl of the half that trains, other.jsonl of the other half)."""
     paths = directory / "pairs.jsonl", directory / "other.jsonl"
     for path, first in zip(paths, (True, False)):
-        write_lines(path, [
+        real.write_lines(path, [
             {"prompt": f"Q: {row['question']}\nA:", "chosen": f" {right}", "rejected": f" {wrong}"}
-            for row in rows_of("truthfulqa") if in_first_half(row["question"]) is first
+            for row in real.rows_of("truthfulqa") if real.in_first_half(row["question"]) is first
             for right, wrong in list(zip(*(
                 [text for text, label in row["mc2_targets"].items() if label == wanted] for wanted in (1, 0)
             )))[:PAIRS_OF_A_QUESTION]
@@ -62,17 +60,17 @@ def run(label: str, rate: str, seed: int, args, model: Path, pairs: Path, extra)
 def measure(path: Path, folder: Path, start: list | None, other: Path, questions: Path, limit) -> dict:
     """The figures on the other half; `start` has the log-likelihoods of the start, None for its own."""
     if not path.exists():
-        rows = [json.loads(line) for line in other.read_text(encoding="utf-8").splitlines()][:limit]
+        rows = real.read_lines(other)[:limit]
         pairs = [(row["prompt"], row[answer]) for row in rows for answer in ("chosen", "rejected")]
-        logp = [value for value, _ in log_likelihoods(folder, pairs)]
+        logp = [value for value, _ in real.log_likelihoods(folder, pairs)]
         change = [now - before for now, before in zip(logp, start or logp)]
         chosen, rejected = change[::2], change[1::2]
-        write_lines(path, [{
+        real.write_lines(path, [{
             "logp": logp, "chosen": statistics.mean(chosen), "rejected": statistics.mean(rejected),
             "implicit accuracy": statistics.mean(c > r for c, r in zip(chosen, rejected)),
-            **truthfulqa(folder, questions, limit),
+            **real.truthfulqa(folder, questions, limit),
         }])
-    return json.loads(path.read_text(encoding="utf-8"))
+    return real.read_lines(path)[0]
 
 
 def cells(rows: list[dict]) -> str:
@@ -105,16 +103,12 @@ def plot(pyplot, runs: dict):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "real_pairs")
-    parser.add_argument("--model", type=Path, help="a folder; else SmolLM2, made by benchmarks/smollm2.py")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser = real.make_parser(__doc__, "real_pairs")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
-    parser.add_argument("--limit", type=int, help="pairs and questions of the other half; all if not given")
     args, extra = parser.parse_known_args()  # what is left goes to train.py
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    model = (args.model or smollm2.make(smollm2.default_folder())).resolve()
-    _, questions = write_questions(args.output_dir)
+    model = real.model_folder(args)
+    _, questions = real.write_questions(args.output_dir)
     pairs, other = (path.resolve() for path in write_pairs(args.output_dir))
 
     def run_all(jobs):

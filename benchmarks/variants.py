@@ -28,7 +28,6 @@ import functools
 import json
 import math
 import random
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -40,8 +39,8 @@ sys.path.insert(0, str(ROOT))
 
 import tiny  # noqa: E402
 import train  # noqa: E402
-from benchmarks.ablation import MEASURE  # noqa: E402
-from benchmarks.common import interval, make_parser, run_script, side_by_side  # noqa: E402
+from benchmarks.ablation import measure_follows  # noqa: E402
+from benchmarks.common import interval, make_parser, run_script, run_training, side_by_side  # noqa: E402
 from data import Principle, save_principles  # noqa: E402
 from infonce import column_info_nce, row_info_nce, symmetric_info_nce  # noqa: E402
 
@@ -74,17 +73,18 @@ def squared_terms(states, batch, config) -> dict:
 def per_token_terms(scores, config, batch) -> dict:
     """The InfoNCE loss of scores divided by the number of tokens of their chain of thought."""
     lengths = batch.cot.sum(-1)[..., : scores.shape[1]].mT  # [Q, N, K]
-    return train_terms(scores, scores / lengths.clamp(min=1)[..., None], config)
+    return with_loss(symmetric_info_nce(scores / lengths.clamp(min=1)[..., None]), scores, config)
 
 
 def centred_terms(scores, config) -> dict:
     """The row loss, and the column loss of log p(completion | principle) / p(completion)."""
     loss = (row_info_nce(scores).mean() + column_info_nce(scores.log_softmax(-1)).mean()) / 2  # []
+    return with_loss(loss, scores, config)
+
+
+def with_loss(loss, scores, config) -> dict:
+    """The terms of train.py with another loss; what is logged of the scores stays."""
     return original_information(scores.detach(), config) | {"loss_mi": loss}
-
-
-def train_terms(scores, critic, config) -> dict:
-    return original_information(scores.detach(), config) | {"loss_mi": symmetric_info_nce(critic)}
 
 
 def draw_with_opposites(questions, principles, config, step) -> list:
@@ -142,30 +142,35 @@ def exchange(name: str) -> None:
 # The study
 
 
+@functools.cache  # the start is one model for all runs
+def measure_opposites(model: Path, principles: Path, report: Path) -> float:
+    """SI of each principle against its opposite, by si.py; the mean over principles."""
+    run_script(
+        "si.py", "--principles", principles, "--model", model, "--num-questions", 64, "--json", report,
+        "--examples", "none", "--prefill", "False",  # as the embedded model is trained: this is a folder
+    )
+    return statistics.mean(row["si_opposite"]["mean"] for row in json.loads(report.read_text())["negatives"])
+
+
 def run(name, weight, seed, args, extra) -> dict:
     """One training, in a process of its own: eval.json with `follows`, `si_opposite`, `grad_norm`."""
-    directory = (args.output_dir / f"{name.replace(' ', '-')}-{weight}-{seed}").resolve()
-    result, principles = directory / "result.json", args.output_dir.resolve() / "principles.jsonl"
+    output_dir = args.output_dir.resolve()
+    directory, principles = output_dir / f"{name.replace(' ', '-')}-{weight}-{seed}", output_dir / "principles.jsonl"
+    result = directory / "result.json"
     if not result.exists():
         flag, _, others = VARIANTS[name]
-        if not (directory / "final").exists():
-            shutil.rmtree(directory, ignore_errors=True)  # what an interrupted run left
-            run_script(
-                __file__, "--train", name, "--principles", principles, "--eval-questions", 256, "--eval-steps", 0,
-                "--seed", seed, "--output-dir", directory, *others, flag, weight, *extra,
-            )
-        evals = json.loads((directory / "eval.json").read_text())
-        for when, model in {"start": "tiny", "end": directory / "final"}.items():
-            line = run_script("-c", MEASURE, ROOT / "tiny-model", tiny.model_path("tiny") if model == "tiny" else model)
-            report = directory / f"si-{when}.json"
-            run_script("si.py", "--principles", principles, "--model", model, "--num-questions", 64, "--json", report)
-            opposed = [row["si_opposite"]["mean"] for row in json.loads(report.read_text())["negatives"]]
-            evals[when]["follows"] = {"mean": statistics.mean(json.loads(line.splitlines()[-1])["follows"].values())}
-            evals[when]["si_opposite"] = {"mean": statistics.mean(opposed)}
+        evals = run_training(
+            directory, "--principles", principles, "--eval-questions", 256, "--eval-steps", 0, "--seed", seed, *others,
+            flag, weight, *extra, script=(__file__, "--train", name),
+        )
         norms = [json.loads(line)["grad_norm"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
-        evals["start"]["grad_norm"], evals["end"]["grad_norm"] = {"mean": norms[0]}, {"mean": statistics.mean(norms)}
+        for when, model, report, norm in (
+            ("start", ROOT / "tiny-model", output_dir / "si-start.json", norms[0]),
+            ("end", directory / "final", directory / "si-end.json", statistics.mean(norms)),
+        ):
+            found = measure_follows(model), measure_opposites(model, principles, report), norm
+            evals[when] |= {key: {"mean": value} for key, value in zip(("follows", "si_opposite", "grad_norm"), found)}
         result.write_text(json.dumps(evals))
-    print(f"{directory.name}: done", file=sys.stderr, flush=True)
     return json.loads(result.read_text())
 
 
