@@ -20,9 +20,9 @@ from tqdm import tqdm
 import metrics
 from checkpoint import write_numbers, write_plot
 from data import InputError, load_principles
-from policy import block_side, head
+from policy import block_side, head, prompt_limit
 from settings import MAX_SEED, DatasetConfig, check_bounds, option
-from si import cell, check_written_files, context_limit, load_named, pick_questions, run_command, sample_chains
+from si import cell, check_written_files, load_named, pick_questions, run_command, sample_chains
 from sinkhorn import relative_eps, sinkhorn_divergence
 
 CLOUD = 512  # points of a Sinkhorn divergence
@@ -124,7 +124,7 @@ def compare_outputs(models, hidden, hidden_elsewhere) -> dict:
 def load_pair(config, pairs):
     """(base, trained, tokenizer, prompts); raises InputError where the models do not match."""
     (base, tokenizer), (trained, other) = load_named("--base", config.base), load_named("--trained", config.trained)
-    limit = context_limit(trained, config.max_completion_length)
+    limit = prompt_limit(trained, config.max_completion_length)
     prompts = config.form.encode(tokenizer, pairs, limit)
     shapes = [[tuple(p.shape) for p in model.parameters()] for model in (base, trained)]
     if shapes[0] != shapes[1] or prompts != config.form.encode(other, pairs, limit):

@@ -214,10 +214,17 @@ def has_bf16(device) -> bool:
 
 
 def prompt_limit(model, new_tokens: int) -> int:
-    """The most tokens of a prompt that leave room for `new_tokens` in the model's context."""
+    """The most tokens of a prompt that leave room for `new_tokens` in the model's context.
+
+    Raises InputError where that is not enough for any prompt.
+    """
     config = model.config.get_text_config(decoder=True)  # of a model that also reads images, the language part
     lengths = (getattr(config, name, None) for name in CONTEXT_NAMES)
-    return next((n for n in lengths if isinstance(n, int)), 2**20) - new_tokens
+    context = next((n for n in lengths if isinstance(n, int)), 2**20)
+    if context < new_tokens + 2:
+        raise InputError(f"--max-completion-length: got {new_tokens} tokens after the prompt, and the model's context has "
+                         f"{context}, the prompt included; a lower number is accepted")
+    return context - new_tokens
 
 
 def eos_ids(model, tokenizer) -> list[int]:

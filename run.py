@@ -277,9 +277,6 @@ def load_data(model, tokenizer, config) -> Data:
 def check_prompts(model, tokenizer, principles, questions, config) -> list:
     """The two longest prompts. Raises InputError for a question or principle that does not fit."""
     limit = policy.prompt_limit(model, config.max_completion_length)
-    if limit < 2:
-        raise InputError(f"--max-completion-length: got {config.max_completion_length}; fewer tokens than the model's "
-                         f"context of {config.max_completion_length + limit} are accepted, less those of the prompt")
     return check_lengths(tokenizer, [q.text for q in questions], [p.text for p in principles], limit, config.form)
 
 

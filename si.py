@@ -100,17 +100,6 @@ def pick_questions(config) -> list:
     return random.Random(f"{config.seed} questions").sample(questions, min(config.num_questions, len(questions)))
 
 
-def context_limit(model, more_tokens: int) -> int:
-    """policy.prompt_limit; raises InputError where it leaves no room for a prompt."""
-    limit = policy.prompt_limit(model, more_tokens)
-    if limit < 2:
-        raise InputError(
-            f"--max-completion-length: leaves no room for a prompt in a context of {limit + more_tokens} tokens; "
-            "a lower number is accepted"
-        )
-    return limit
-
-
 def run_command(kind: type, command, description: str, argv) -> int:
     """Parse settings and run the command: 0, or 2 after one line on stderr for unusable input."""
     transformers.utils.logging.set_verbosity_error()
@@ -249,7 +238,7 @@ def estimate_si(model, tokenizer, principles, questions, config, sources) -> tup
     if negatives >= num:
         raise InputError(f"--num-negatives: got {negatives}, of {num} principles; 1 to {num - 1} is accepted")
     ends = [tiny.encode(tokenizer, f"</reasoning><answer>{a}</answer>") for a in answers if a is not None]
-    limit = context_limit(model, config.max_completion_length + max(map(len, ends), default=0))
+    limit = policy.prompt_limit(model, config.max_completion_length + max(map(len, ends), default=0))
     opposed = [i for i, p in enumerate(principles) if p.negative is not None]
     prompts, opposites = (  # N lists of K, of K'
         [config.form.encode(tokenizer, [(q.text, text) for text in texts], limit) for q in questions]
@@ -466,7 +455,8 @@ def joined_principles(principles, rng):
 @torch.no_grad()
 def _ask(model, tokenizer, requests: list[str], temperature: float, key: str) -> list[str]:
     """The first line of the model's reply to each request, without bullets and quotes."""
-    prompts = encode_prompts(tokenizer, [[{"role": "user", "content": r}] for r in requests], context_limit(model, 80))
+    conversations = [[{"role": "user", "content": request}] for request in requests]
+    prompts = encode_prompts(tokenizer, conversations, policy.prompt_limit(model, 80))
     keys, eos = [f"{key} {n}" for n in range(len(prompts))], policy.eos_ids(model, tokenizer)
     uniform = policy.uniform_numbers(keys, 1, 80, device=model.device)  # [P, 1, T]
     out = policy.sample(model, prompts, uniform, temperature, eos, tokenizer.pad_token_id)
