@@ -1,4 +1,4 @@
-"""What each term does: GRPO alone, with SAMI, with OT, with both, over seeds, on the embedded model.
+"""What each term does: GRPO alone, with SAMI, with OT, with both, over seeds.
 
     python benchmarks/ablation.py                       # 4 variants x 5 seeds, 512 held-out questions each
     python benchmarks/ablation.py --seeds 3 --jobs 1

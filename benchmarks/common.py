@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: trainings in processes of their own, side by side, and intervals over seeds."""
+"""What the benchmark scripts share: trainings in processes of their own, intervals over seeds."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ def make_parser(doc: str, name: str, seeds: int) -> argparse.ArgumentParser:
 
 
 def run_script(*arguments) -> str:
-    """stdout of `python ARGUMENTS` in the repository, on one thread, so that several fit side by side."""
+    """stdout of `python ARGUMENTS` in the repository, on one thread: several fit side by side."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True,

@@ -1,4 +1,4 @@
-"""What a step costs on one GPU, beside what the machine could do: models of Gemma-3-1B's and Llama-3.2-1B's shapes.
+"""What a step costs on one GPU, beside what the machine could do: models of 1B shapes.
 
     python benchmarks/gpu.py                                  # under eight minutes on an H200
     python benchmarks/gpu.py --device cpu --shape small       # all of it on a toy, to see that it runs
@@ -86,7 +86,7 @@ class Bench:
         return train.parse(["--principles", "-", *self.flags, *flags])
 
     def state(self, config):
-        """(policy, reference, optimiser), made as train.train makes them; the reference of LoRA is None."""
+        """(policy, reference or None with LoRA, optimiser), made as train.train makes them."""
         model = copy.deepcopy(self.start).to(self.device)
         rows = min(config.rows_at_once, policy.ROWS_PER_FORWARD) if config.gradient_checkpointing else None
         model.bf16, model.recompute_rows = self.bf16, rows
@@ -103,7 +103,7 @@ class Bench:
         return policy.sample(model, self.prompts, uniform, config.temperature, [], 0)
 
     def batch(self, out, config) -> train.Batch:
-        """What train.sample makes of completions; every other one is rewarded, and all of each is its CoT."""
+        """What train.sample makes of completions: every other one rewarded, all of each its CoT."""
         shape = config.num_questions, config.num_principles, config.num_generations
         tokens, mask = out.tokens.reshape(*shape, -1), out.mask.reshape(*shape, -1)  # [Q, K, G, T] both
         rewards = (torch.arange(self.rows, device=self.device) % 2).float().reshape(shape)  # [Q, K, G]

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of a short training, then --resume: do all runs end as the one that was never stopped?
+"""SIGKILL at random moments, then --resume: do all runs end as the one that was never stopped?
 
     python benchmarks/kill.py --runs 50
 
@@ -50,7 +50,7 @@ def command(flags) -> None:
 
 
 def seconds_to_the_end(process, run_dir: Path, at_most: float | None = None) -> float:
-    """Wait for the first step and then for the end, or `at_most` seconds; returns the seconds since the first step."""
+    """Wait for the first step, then the end or `at_most` seconds; returns those since the step."""
     while process.exitcode is None and not (run_dir / "metrics.jsonl").exists():
         time.sleep(0.002)
     begun = time.perf_counter()
@@ -67,7 +67,10 @@ def outcome(run_dir: Path) -> tuple:
 
 
 def kill_and_resume(run_dir: Path, flags, seconds: float) -> str:
-    """Kill a run `seconds` after its first step, then finish it; returns where it was hit. AssertionError: it broke."""
+    """Kill a run `seconds` after its first step, then finish it; returns where it was hit.
+
+    Raises AssertionError where it broke.
+    """
     process = start(*flags, "--output-dir", run_dir)
     seconds_to_the_end(process, run_dir, seconds)
     process.kill()

@@ -1,4 +1,4 @@
-"""Peak memory: of log-probabilities with gradient, of train.py's estimate, of a step of a 1B model. On the CPU.
+"""Peak memory: of log-probabilities with gradient, of train.py's estimate, of a step of a 1B model.
 
     python benchmarks/memory.py                              # all three; 16 GB of memory, 18 minutes on two cores
     python benchmarks/memory.py --parts logits estimate      # without the 1B models
@@ -58,7 +58,7 @@ VARIANTS = {
 
 
 def measure_logits(variant: str, rows: int, tokens: int, vocabulary: int, width: int) -> None:
-    """Prints what one forward and backward takes at most, beside the head and the hidden states, and the seconds."""
+    """Prints the peak of a forward and backward, beside head and hidden states, and the seconds."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,4 +1,4 @@
-"""InfoPO against DPO on the embedded pairs: each at its best of several betas and learning rates, then five seeds.
+"""InfoPO against DPO on the embedded pairs: each at the best of several settings, then five seeds.
 
     python benchmarks/preference.py                     # the grid on seed 100, then seeds 0 to 4 at each one's best
     python benchmarks/preference.py --seeds 3 --jobs 1
@@ -27,7 +27,7 @@ GRID_SEED = 100
 
 
 def run(loss, beta, rate, seed, args, extra) -> dict:
-    """eval.json of one training, in a process of its own. The grid is evaluated on fewer questions, at its end."""
+    """eval.json of one training. The grid is evaluated on fewer questions, at its end."""
     questions, steps = ("256", "0") if seed == GRID_SEED else ("512", "20")
     return run_training(
         args.output_dir / f"{loss}-beta{beta}-lr{rate}-seed{seed}", "--preferences", "tiny", "--preference-loss", loss,

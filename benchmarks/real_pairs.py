@@ -5,10 +5,11 @@
 
 The halves, the model and the scoring are those of benchmarks/real.py. One half's questions make the
 pairs, "Q: ...\\nA:" with a right and a wrong answer. Each loss is trained at every learning rate on
-seed 100; its best, by implicit accuracy on that half's held-out pairs, is trained again on two more
-seeds. Then, on the other half: implicit accuracy, the change of log p(right answer) and log p(wrong
-answer) in nats, and mc1 and mc2 by lm-eval. Finished parts in --output-dir are not repeated. Writes
-real_pairs.json and real_pairs.png, and prints the tables. Flags not listed here go to train.py.
+every seed; its best rate is that of the highest implicit accuracy on that half's held-out pairs, mean
+over seeds. Then, of these and on the other half: implicit accuracy, the change of log p(right answer)
+and log p(wrong answer) in nats, and mc1 and mc2 by lm-eval. Finished parts in --output-dir are not
+repeated. Writes real_pairs.json and real_pairs.png, and prints the tables. Flags not listed here go
+to train.py.
 """
 
 import json
@@ -25,11 +26,11 @@ from benchmarks.preference import course  # noqa: E402
 from checkpoint import write_plot  # noqa: E402
 
 LOSSES = {"InfoPO": "infopo", "DPO": "dpo"}
-RATES = ("1e-6", "3e-6", "1e-5")
+RATES = ("5e-6", "2e-5")
 BETA = 0.1
-GRID_SEED = 100
 PAIRS_OF_A_QUESTION = 2
 STEPS = 24
+GRID = ("pair_accuracy", "pair_logratio_chosen", "pair_logratio_rejected")  # held-out pairs of the first half
 MEASURED = ("implicit accuracy", "chosen", "rejected", "mc1", "mc2")
 
 
@@ -58,7 +59,7 @@ def run(label: str, rate: str, seed: int, args, model: Path, pairs: Path, extra)
 
 
 def measure(path: Path, folder: Path, start: list | None, other: Path, questions: Path, limit) -> dict:
-    """The figures on the other half; `start` has the log-likelihoods of the start, None for its own."""
+    """The figures on the other half; `start`: log-likelihoods of the start, None for its own."""
     if not path.exists():
         rows = real.read_lines(other)[:limit]
         pairs = [(row["prompt"], row[answer]) for row in rows for answer in ("chosen", "rejected")]
@@ -114,16 +115,19 @@ def main() -> None:
     def run_all(jobs):
         return side_by_side(lambda *job: run(*job, args, model, pairs, extra), jobs, args.jobs)
 
-    grid = run_all([(label, rate, GRID_SEED) for label in LOSSES for rate in RATES])
-    names = ("pair_accuracy", "pair_logratio_chosen", "pair_logratio_rejected")
-    print("| loss | learning rate | " + " | ".join(names) + " |\n" + "|---" * (2 + len(names)) + "|")
-    for (label, rate, _), evals in grid.items():
-        print(f"| {label} | {rate} | " + " | ".join(f"{evals['end'][name]['mean']:.2f}" for name in names) + " |")
+    runs = run_all([(label, rate, seed) for seed in range(args.seeds) for label in LOSSES for rate in RATES])
+    grid = {}
+    for label in LOSSES:
+        for rate in RATES:
+            ends = [runs[label, rate, seed]["end"] for seed in range(args.seeds)]
+            grid[label, rate] = {name: [end[name]["mean"] for end in ends] for name in GRID}
+    print("| loss | learning rate | " + " | ".join(GRID) + " |\n" + "|---" * (2 + len(GRID)) + "|")
+    for (label, rate), values in grid.items():
+        shown = [", ".join(f"{value:.2f}" for value in values[name]) for name in GRID]
+        print(f"| {label} | {rate} | " + " | ".join(shown) + " |")
     best = {
-        label: max(RATES, key=lambda rate: grid[label, rate, GRID_SEED]["end"]["pair_accuracy"]["mean"])
-        for label in LOSSES
+        label: max(RATES, key=lambda rate: statistics.mean(grid[label, rate]["pair_accuracy"])) for label in LOSSES
     }
-    runs = run_all([(label, best[label], seed) for label in LOSSES for seed in range(args.seeds)])
 
     def measured(name: str, folder: Path, start=None) -> dict:
         return measure(args.output_dir / f"measured-{name}.json", folder, start, other, questions, args.limit)
@@ -137,7 +141,7 @@ def main() -> None:
     print("\n| | learning rate | " + " | ".join(MEASURED) + " |\n" + "|---" * (2 + len(MEASURED)) + "|")
     for label, rows in results.items():
         print(f"| {label} | {best.get(label, '')} | {cells(rows)} |")
-    by_label = {label: [evals for (name, *_), evals in runs.items() if name == label] for label in LOSSES}
+    by_label = {label: [runs[label, best[label], seed] for seed in range(args.seeds)] for label in LOSSES}
     write_plot(args.output_dir / "real_pairs.json", lambda pyplot: plot(pyplot, by_label))
 
 

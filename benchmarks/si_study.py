@@ -1,4 +1,4 @@
-"""Does SI, measured before training, predict the training? Twelve sets of four principles, on the embedded model.
+"""Does SI, measured before training, predict the training? Twelve sets of four principles.
 
     python benchmarks/si_study.py                       # an hour and a half on two cores; finished runs are kept
     python benchmarks/si_study.py --seeds 1 --jobs 1
@@ -60,7 +60,7 @@ OUTCOMES = ("accuracy", "format", "reward_std", "grad_norm", "falls", "si_end", 
 
 
 def write_sets(directory) -> dict:
-    """Set -> its principles file: the twelve, the choice by SI, and random choices from the same pool."""
+    """Set -> its principles file: the twelve, the choice by SI, random choices of that pool."""
     directory.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     drawn = {f"random {i + 1}": rng.sample(POOL, SELECTED) for i in range(RANDOM_SETS)}
@@ -111,7 +111,7 @@ def spearman(x, y) -> float:
 
 
 def correlation(predictor, runs, resamples=2000) -> tuple[float, float, float]:
-    """Spearman of predictor [sets] and the mean over seeds of runs [sets][seeds]; interval over sets and seeds."""
+    """Spearman of predictor [sets] and the mean of runs [sets][seeds]; interval over both."""
     rng, found = random.Random(0), []
     for _ in range(resamples):
         chosen = rng.choices(range(len(predictor)), k=len(predictor))

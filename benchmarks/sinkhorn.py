@@ -1,4 +1,4 @@
-"""The Sinkhorn divergence with its gradient in x: ours beside POT and geomloss, at the same eps and accuracy.
+"""The Sinkhorn divergence and its gradient, beside POT and geomloss, equal in eps and accuracy.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/sinkhorn.py                                   # about 7 minutes on two cores
@@ -81,7 +81,7 @@ def gaussians(n, d):
 
 @torch.no_grad()
 def hidden_states(model, tokenizer, n, noise):
-    """x of a model with `noise` (in standard deviations of each weight tensor) and y of the model: [n, d] each."""
+    """x of a model with `noise` (in standard deviations of each weight), y of the model: [n, d]."""
     torch.manual_seed(0)
     moved = copy.deepcopy(model)
     for weight in moved.parameters():
@@ -199,7 +199,7 @@ def marginal_errors(potentials, eps):
 
 
 def fewest(passes, start):
-    """About the least k >= 1 that passes (within a twentieth), sought from `start`; every larger one passes too."""
+    """About the least k >= 1 that passes, as all larger do, to a twentieth, sought from `start`."""
     bad, good = 0, start
     while not passes(good):
         if good >= MOST:
@@ -234,7 +234,7 @@ def settle_pot(x, y, eps, truth, iterations):
 
 
 def settle_geomloss(x, y, eps, truth, setting):
-    """(steps, start) with the fewest steps, and what they reach; the start is chosen once for each pair of clouds."""
+    """(steps, start) with the fewest steps, and what they reach; one start for a pair of clouds."""
     def accuracy(steps, start):
         errors = marginal_errors(geomloss_potentials(x, y, eps, (steps, start)), eps)
         return max(errors), abs(geomloss(x, y, eps, (steps, start))[0].item() / truth - 1)
@@ -251,7 +251,7 @@ def settle_geomloss(x, y, eps, truth, setting):
 
 
 def compare(x, y, eps, rounds, settings, limit):
-    """One row of the table; settings: what the peers needed at the size before, here brought up to date."""
+    """One row of the table; settings: what the peers needed at the size before, updated here."""
     truth = sinkhorn.sinkhorn_divergence(x.double(), y.double(), eps, tol=1e-8)[0].item()
     accuracy, once = {}, {}
     tol, *accuracy["ours"] = settle_ours(x, y, eps, truth)

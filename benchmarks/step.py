@@ -1,4 +1,4 @@
-"""What a step costs: GRPO alone, with each term, with all three, and TRL's GRPOTrainer on the same work.
+"""What a step costs: GRPO alone, with each term, with all, and TRL's GRPOTrainer on the same work.
 
     python benchmarks/step.py                           # 4 questions, K = 4, G = 4: as train.py starts by default
     python benchmarks/step.py --growth                  # the same without TRL, with each of the sizes doubled in turn
@@ -88,7 +88,7 @@ def conversations(config, steps) -> list:
 
 
 def rounds_beside_trl(ours, settings, config, model, tokenizer, rounds) -> list[dict]:
-    """`rounds` rounds of one step of TRL on `model` and one of each of `ours` (name -> function of the round's number).
+    """`rounds` rounds of a step of TRL on `model`, and one of each of `ours`, name -> function.
 
     settings: of trl.GRPOConfig, beyond those that make the work the same.
     """
@@ -153,7 +153,7 @@ def print_table(table, base, first) -> None:
 
 
 def price_variants(num_generations: int) -> dict:
-    """GRPO alone, with OT, and all three terms with the InfoNCE term on 1, 2, 4, … of the completions of a group."""
+    """GRPO alone, with OT, and all three terms, InfoNCE on 1, 2, 4, … completions of a group."""
     sizes = [2**power for power in range(num_generations.bit_length()) if 2**power <= num_generations]
     enigma = {f"ENIGMA, {size}": ["--mi-generations", str(size)] for size in sizes}
     return {name: VARIANTS[name] for name in ("GRPO", "GRPO + OT")} | enigma

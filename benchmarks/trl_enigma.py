@@ -141,7 +141,7 @@ def make_trainer(config, directory):
 
 
 def check(trainer, drawn, config) -> None:
-    """Prints how far losses and gradient of a batch of TRL's are from those of train.py; exits 1 above 1e-4."""
+    """Prints how far losses and gradient of TRL's are from train.py's; exits 1 above 1e-4."""
     # No term hides behind another's weight, and OT compares all tokens: the two draw differently.
     changed = {"lambda_mi": 1.0, "lambda_ot": 1.0, "ot_tokens": 10**9}
     model, config = trainer.model, replace(config, **changed)
