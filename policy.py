@@ -222,7 +222,7 @@ def prompt_limit(model, new_tokens: int) -> int:
     lengths = (getattr(config, name, None) for name in CONTEXT_NAMES)
     context = next((n for n in lengths if isinstance(n, int)), 2**20)
     if context < new_tokens + 2:
-        raise InputError(f"--max-completion-length: got {new_tokens} tokens after the prompt, of the model's context of "
+        raise InputError(f"--max-completion-length: got {new_tokens} tokens after the prompt, and a context of "
                          f"{context}; a lower number is accepted")
     return context - new_tokens
 
