@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import interval, make_parser, run_script, run_training, side_by_side  # noqa: E402
+from benchmarks.common import interval, interval_cell, make_parser, run_script, run_training, side_by_side  # noqa: E402
 from checkpoint import write_plot  # noqa: E402
 
 VARIANTS = {
@@ -65,8 +65,7 @@ def table(results) -> str:
     rows |= {name: [r["end"] for r in runs] for name, runs in results.items()}
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, runs in rows.items():
-        numbers = [interval([r[c]["mean"] for r in runs]) for c in COLUMNS]
-        cells = [f"{round(mean, 2) + 0.0:.2f} ± {half:.2f}" for mean, half in numbers]  # + 0.0: no -0.00
+        cells = [interval_cell([r[c]["mean"] for r in runs]) for c in COLUMNS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -57,3 +57,15 @@ def interval(values) -> tuple[float, float]:
     """Mean over seeds, and half the width of its 95% t interval."""
     half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.mean(values), half
+
+
+def interval_cell(values) -> str:
+    """The interval for a table, "0.70 ± 0.02"; of a single seed the value alone."""
+    mean, half = interval(values)
+    shown = f"{round(mean, 2) + 0.0:.2f}"  # + 0.0: no -0.00
+    return shown if math.isnan(half) else f"{shown} ± {half:.2f}"
+
+
+def read_lines(path: Path) -> list:
+    """The values of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

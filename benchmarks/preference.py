@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import interval, make_parser, run_training, side_by_side  # noqa: E402
+from benchmarks.common import interval, interval_cell, make_parser, run_training, side_by_side  # noqa: E402
 from checkpoint import write_plot  # noqa: E402
 
 BETAS = {"infopo": ("0.1", "0.3", "1"), "dpo": ("0.1", "0.3", "1")}
@@ -92,10 +92,10 @@ def main() -> None:
     (args.output_dir / "preference.json").write_text(json.dumps(results, indent=1))
     print("\n| | beta | learning rate | " + " | ".join(COLUMNS) + " |\n" + "|---" * (3 + len(COLUMNS)) + "|")
     start = [r["start"] for r in results["InfoPO"]["runs"]]
-    cells = ["{:.2f} ± {:.2f}".format(*interval([s[c]["mean"] for s in start])) for c in COLUMNS]
+    cells = [interval_cell([s[c]["mean"] for s in start]) for c in COLUMNS]
     print("| start | | | " + " | ".join(cells) + " |")
     for label, row in results.items():
-        cells = ["{:.2f} ± {:.2f}".format(*interval([r["end"][c]["mean"] for r in row["runs"]])) for c in COLUMNS]
+        cells = [interval_cell([r["end"][c]["mean"] for r in row["runs"]]) for c in COLUMNS]
         print(f"| {label} | {row['setting'][1]} | {row['setting'][2]} | " + " | ".join(cells) + " |")
     write_plot(args.output_dir / "preference.json", lambda plt: plot(plt, results))
 

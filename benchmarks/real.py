@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import policy  # noqa: E402
 from benchmarks import smollm2  # noqa: E402
+from benchmarks.common import read_lines  # noqa: E402
 from checkpoint import write_plot  # noqa: E402
 from data import write_aside  # noqa: E402
 from run import load_data, parse  # noqa: E402
@@ -153,10 +154,6 @@ def write_questions(directory: Path) -> tuple[Path, Path]:
             } for row in truthful if not in_first_half(row["question"])
         ])
     return train, test
-
-
-def read_lines(path: Path) -> list:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write_lines(path: Path, rows) -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import real  # noqa: E402
-from benchmarks.common import run_training, side_by_side  # noqa: E402
+from benchmarks.common import read_lines, run_training, side_by_side  # noqa: E402
 from benchmarks.preference import course  # noqa: E402
 from checkpoint import write_plot  # noqa: E402
 
@@ -61,7 +61,7 @@ def run(label: str, rate: str, seed: int, args, model: Path, pairs: Path, extra)
 def measure(path: Path, folder: Path, start: list | None, other: Path, questions: Path, limit) -> dict:
     """The figures on the other half; `start`: log-likelihoods of the start, None for its own."""
     if not path.exists():
-        rows = real.read_lines(other)[:limit]
+        rows = read_lines(other)[:limit]
         pairs = [(row["prompt"], row[answer]) for row in rows for answer in ("chosen", "rejected")]
         logp = [value for value, _ in real.log_likelihoods(folder, pairs)]
         change = [now - before for now, before in zip(logp, start or logp)]
@@ -71,7 +71,7 @@ def measure(path: Path, folder: Path, start: list | None, other: Path, questions
             "implicit accuracy": statistics.mean(c > r for c, r in zip(chosen, rejected)),
             **real.truthfulqa(folder, questions, limit),
         }])
-    return real.read_lines(path)[0]
+    return read_lines(path)[0]
 
 
 def cells(rows: list[dict]) -> str:

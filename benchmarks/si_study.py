@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import make_parser, run_script, run_training, side_by_side  # noqa: E402
+from benchmarks.common import make_parser, read_lines, run_script, run_training, side_by_side  # noqa: E402
 from checkpoint import write_plot  # noqa: E402
 from tiny import STYLES  # noqa: E402
 
@@ -88,7 +88,7 @@ def train(variant, name, seed, file, args, extra) -> dict:
     directory = args.output_dir / f"{variant}-{file.stem}-{seed}"
     flags = "--principles", file.resolve(), "--eval-steps", 0, "--seed", seed, *VARIANTS[variant], *extra
     evals = run_training(directory, *flags)
-    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    steps = read_lines(directory / "metrics.jsonl")
     rewards = [step["reward"] for step in steps]
     return {
         "accuracy": evals["end"]["accuracy"]["mean"], "format": evals["end"]["format"]["mean"],

@@ -26,7 +26,6 @@ Finished runs in --output-dir are not repeated. Writes variants.json and prints 
 
 import functools
 import json
-import math
 import random
 import statistics
 import sys
@@ -40,7 +39,14 @@ sys.path.insert(0, str(ROOT))
 import tiny  # noqa: E402
 import train  # noqa: E402
 from benchmarks.ablation import measure_follows  # noqa: E402
-from benchmarks.common import interval, make_parser, run_script, run_training, side_by_side  # noqa: E402
+from benchmarks.common import (  # noqa: E402
+    interval_cell,
+    make_parser,
+    read_lines,
+    run_script,
+    run_training,
+    side_by_side,
+)
 from data import Principle, save_principles  # noqa: E402
 from infonce import column_info_nce, row_info_nce, symmetric_info_nce  # noqa: E402
 
@@ -165,13 +171,14 @@ def run(name, weight, seed, args, extra) -> dict:
             directory, "--principles", principles, "--eval-questions", 256, "--eval-steps", 0, "--seed", seed, *others,
             flag, weight, *extra, script=(__file__, "--train", name),
         )
-        norms = [json.loads(line)["grad_norm"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
-        for when, model, report, norm in (
-            ("start", ROOT / "tiny-model", output_dir / "si-start.json", norms[0]),
-            ("end", directory / "final", directory / "si-end.json", statistics.mean(norms)),
-        ) if seed != SELECTION_SEED else ():  # the choice of a weight needs none of these
-            found = measure_follows(model), measure_opposites(model, principles, report), norm
-            evals[when] |= {key: {"mean": value} for key, value in zip(MEASURED_AFTER, found)}
+        if seed != SELECTION_SEED:  # the choice of a weight needs none of these
+            norms = [step["grad_norm"] for step in read_lines(directory / "metrics.jsonl")]
+            for when, model, report, norm in (
+                ("start", ROOT / "tiny-model", output_dir / "si-start.json", norms[0]),
+                ("end", directory / "final", directory / "si-end.json", statistics.mean(norms)),
+            ):
+                found = measure_follows(model), measure_opposites(model, principles, report), norm
+                evals[when] |= {key: {"mean": value} for key, value in zip(MEASURED_AFTER, found)}
         result.write_text(json.dumps(evals))
     return json.loads(result.read_text())
 
@@ -190,9 +197,7 @@ def table(rows: dict, columns=COLUMNS) -> str:
     """Markdown; rows: name -> (weight, list over seeds of {column: value})."""
     lines = ["| | weight | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, (weight, found) in rows.items():
-        numbers = [interval([row[column]["mean"] for row in found]) for column in columns]
-        numbers = [(round(mean, 2) + 0.0, half) for mean, half in numbers]  # + 0.0: no -0.00
-        cells = [f"{mean:.2f}" if math.isnan(half) else f"{mean:.2f} ± {half:.2f}" for mean, half in numbers]
+        cells = [interval_cell([row[column]["mean"] for row in found]) for column in columns]
         lines.append(f"| {name} | {weight} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
