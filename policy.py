@@ -213,14 +213,19 @@ def has_bf16(device) -> bool:
     return device.type == "cuda" or bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
+def context_length(model) -> int:
+    """Tokens that the model can read; 2^20 where its configuration does not say."""
+    config = model.config.get_text_config(decoder=True)  # of a model that also reads images, the language part
+    lengths = (getattr(config, name, None) for name in CONTEXT_NAMES)
+    return next((n for n in lengths if isinstance(n, int)), 2**20)
+
+
 def prompt_limit(model, new_tokens: int) -> int:
     """The most tokens of a prompt that leave room for `new_tokens` in the model's context.
 
     Raises InputError where that is not enough for any prompt.
     """
-    config = model.config.get_text_config(decoder=True)  # of a model that also reads images, the language part
-    lengths = (getattr(config, name, None) for name in CONTEXT_NAMES)
-    context = next((n for n in lengths if isinstance(n, int)), 2**20)
+    context = context_length(model)
     if context < new_tokens + 2:
         raise InputError(f"--max-completion-length: got {new_tokens} tokens after the prompt, and a context of "
                          f"{context}; a lower number is accepted")
@@ -285,7 +290,7 @@ def check_model(model) -> None:
                 "is accepted"
             )
     size = sum(p.numel() for p in model.parameters()) / (1 if model.device.type == "cpu" else 32)
-    most = min(CHECK_TOKENS, CHECK_WORK // size, prompt_limit(model, 7))
+    most = min(CHECK_TOKENS, CHECK_WORK // size, context_length(model) - 7)
     lengths = re.findall(SWITCHES, str(model.config.get_text_config(decoder=True).to_dict()))
     longest = max((n for n in map(int, lengths) if 8 < n <= most), default=8)
     kind, wrong = type(model).__name__, "samples or scores of padded rows with a cache"

@@ -36,7 +36,7 @@ import parallel
 import policy
 import tiny
 from data import InputError, check_lengths, load_preferences, load_principles, save_principles, split_questions
-from metrics import mutual_information, sufficiency
+from metrics import information, sufficiency
 from preferences import Pairs, encode_pairs, with_reference
 from settings import Config, Parser, flag
 
@@ -180,7 +180,7 @@ def batch_terms(batch, terms: dict, config) -> dict:
     }
     if batch.scores is not None:
         means["format"] = batch.formats.mean().item()
-        means["mi_row"] = mutual_information(batch.scores.flatten(0, 1)).row.item()
+        means["mi_row"] = information(batch.scores.flatten(0, 1)).mean().item()
     share = len(batch) / config.num_questions  # of the batch that this process has
     tokens = parallel.total({"tokens": batch.mask.sum().item()})["tokens"]
     speed = {f"tokens_per_second_{phase}": tokens / terms[f"seconds_{phase}"] for phase in ("sampling", "training")}

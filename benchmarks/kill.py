@@ -9,7 +9,6 @@ Every checkpoint that a kill leaves must be whole.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -24,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
 import train  # noqa: E402
+from benchmarks.common import read_lines  # noqa: E402
 
 FLAGS = (
     "--num-questions 2 --num-principles 2 --num-generations 2 --max-completion-length 12 --max-steps 6 "
@@ -60,7 +60,7 @@ def seconds_to_the_end(process, run_dir: Path, at_most: float | None = None) -> 
 
 def outcome(run_dir: Path) -> tuple:
     """All of a finished run that must not depend on whether it was killed."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(run_dir / "metrics.jsonl")
     steps = [{name: value for name, value in line.items() if "second" not in name} for line in lines]
     files = ("samples.jsonl", "eval.json", "final/model.safetensors")
     return steps, *(checkpoint.sha256(run_dir / name) for name in files)

@@ -18,10 +18,10 @@ the highest accuracy among those whose SI is at least that of the start is taken
     beside       information as a reward beside the InfoNCE loss, weight --mi-reward
     in place     information as a reward in place of the InfoNCE loss
     per token    scores averaged over tokens in the InfoNCE loss, as SAMI's authors do
-    centred      scores minus their log-sum over principles in the column loss: log p(y|c) / p(y)
     opposites    the K principles of a question are K/2 and their opposites
 
-Finished runs in --output-dir are not repeated. Writes variants.json and prints the table.
+Finished runs in --output-dir are not repeated. Writes variants.json; prints the table, and that of
+the differences from "sinkhorn" in the same seed. benchmarks/gradients.py goes on from here.
 """
 
 import functools
@@ -48,19 +48,18 @@ from benchmarks.common import (  # noqa: E402
     side_by_side,
 )
 from data import Principle, save_principles  # noqa: E402
-from infonce import column_info_nce, row_info_nce, symmetric_info_nce  # noqa: E402
+from infonce import symmetric_info_nce  # noqa: E402
 
 VARIANTS = {  # name -> (the flag of the weight, the weights tried, other flags)
     "sinkhorn": ("--lambda-ot", (0.001, 0.002, 0.004), ()),
     "sharp": ("--lambda-ot", (0.001, 0.002, 0.004), ("--ot-eps", 0.01)),
     "squared": ("--lambda-ot", (0.0005, 0.001, 0.002), ()),
     "kl": ("--beta", (0.1, 0.3, 1), ("--lambda-ot", 0)),
-    "unpaired": ("--lambda-ot", (0.001, 0.002, 0.004), ()),
+    "unpaired": ("--lambda-ot", (0.002, 0.004, 0.008), ()),
     "no loss": ("--lambda-mi", (0,), ()),
     "beside": ("--mi-reward", (0.1, 0.2, 0.5), ()),
     "in place": ("--mi-reward", (0.5, 1, 2), ("--lambda-mi", 0)),
-    "per token": ("--lambda-mi", (0.012, 0.05, 0.2), ()),
-    "centred": ("--lambda-mi", (0.012, 0.025, 0.05), ()),
+    "per token": ("--lambda-mi", (0.05, 0.1, 0.2), ()),
     "opposites": ("--lambda-mi", (0.012,), ()),
 }
 GRID_COLUMNS = ("format", "accuracy", "si", "sinkhorn")
@@ -73,26 +72,20 @@ SELECTION_SEED = 100
 
 
 def squared_terms(states, batch, config) -> dict:
-    """The mean over the cloud of |state - state of the same token by the start|^2."""
-    squared = (states - batch.start.states).square().sum(-1)  # [Q, n]
-    return {"loss_ot": (squared * batch.weights).sum(1).mean()}
+    """Each token's state is pulled to the state of the same token by the start."""
+    return {"loss_ot": squared_distance(states, batch).mean()}
+
+
+def squared_distance(states, batch):
+    """The mean over the cloud of |state - state of the same token by the start|^2: [Q]."""
+    return ((states - batch.start.states).square().sum(-1) * batch.weights).sum(1)  # [Q]
 
 
 def per_token_terms(scores, config, batch) -> dict:
     """The InfoNCE loss of scores divided by the number of tokens of their chain of thought."""
     lengths = batch.cot.sum(-1)[..., : scores.shape[1]].mT  # [Q, N, K]
-    return with_loss(symmetric_info_nce(scores / lengths.clamp(min=1)[..., None]), scores, config)
-
-
-def centred_terms(scores, config) -> dict:
-    """The row loss, and the column loss of log p(completion | principle) / p(completion)."""
-    loss = (row_info_nce(scores).mean() + column_info_nce(scores.log_softmax(-1)).mean()) / 2  # []
-    return with_loss(loss, scores, config)
-
-
-def with_loss(loss, scores, config) -> dict:
-    """The terms of train.py with another loss; what is logged of the scores stays."""
-    return original_information(scores.detach(), config) | {"loss_mi": loss}
+    loss = symmetric_info_nce(scores / lengths.clamp(min=1)[..., None])  # []
+    return original_information(scores.detach(), config) | {"loss_mi": loss}  # what is logged stays
 
 
 def draw_with_opposites(questions, principles, config, step) -> list:
@@ -113,8 +106,6 @@ def exchange(name: str) -> None:
     """Put the variant in its place in train.py."""
     if name == "squared":
         train.drift_terms = squared_terms
-    elif name == "centred":
-        train.information_terms = centred_terms
     elif name == "opposites":
         train.draw = draw_with_opposites
     elif name == "per token":
@@ -202,6 +193,11 @@ def table(rows: dict, columns=COLUMNS) -> str:
     return "\n".join(lines)
 
 
+def minus(rows: list, base: list) -> list:
+    """The differences of two variants, seed by seed: they share questions, principles and lots."""
+    return [{c: {"mean": row[c]["mean"] - of[c]["mean"]} for c in COLUMNS} for row, of in zip(rows, base, strict=True)]
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--train"]:
         exchange(sys.argv[2])
@@ -225,7 +221,10 @@ def main() -> None:
     rows = {"start": ("", [found["start"] for found in next(iter(seeds.values()))])}
     rows |= {name: (best[name], [found["end"] for found in seeds[name]]) for name in args.variants}
     (args.output_dir / "variants.json").write_text(json.dumps({"grid": list(grid.items()), "rows": rows}, indent=1))
-    print(table(rows))
+    print(table(rows), "\n")
+    if base := rows.get("sinkhorn"):
+        differences = {name: (weight, minus(found, base[1])) for name, (weight, found) in rows.items() if name in best}
+        print("Minus sinkhorn, seed by seed:\n", table(differences), sep="\n")
 
 
 if __name__ == "__main__":

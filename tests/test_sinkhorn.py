@@ -122,6 +122,15 @@ def test_large_eps_limits(dtype, entropic_ot, sinkhorn_divergence):
     close(sinkhorn_divergence(x, y, 1e7)[0], (x.mean(0) - y.mean(0)).square().sum(), bug, rtol, atol=2e-6)
 
 
+def test_small_eps_is_the_squared_distance_of_points_that_have_moved_little():
+    x, y = cloud(40, 16).requires_grad_(), cloud(40, 16) + 0.3 * cloud(40, 16, seed=1)  # the same tokens, read twice
+    value, _ = sinkhorn.sinkhorn_divergence(x, y, relative_eps(x, y, 0.01))
+    squared = (x - y).square().sum(1).mean()
+    close(value, squared, "eps -> 0: the best plan is not the pairing", rtol=1e-6)
+    pulls = torch.autograd.grad(value, x)[0], torch.autograd.grad(squared, x)[0]
+    close(*pulls, "eps -> 0: not the pull of the pairs", rtol=1e-4)
+
+
 # ---- invariants
 
 def test_symmetric_zero_at_equality_and_nonnegative(sinkhorn_divergence, at_least):
