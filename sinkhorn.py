@@ -185,7 +185,8 @@ def _fast(x, y, eps, a, b, max_iter, tol, problems):
         gradients = [torch.zeros_like(z) for z in points]  # [B, n, d], [B, m, d]
         value, infos = 0, []
         for i, j, factor in problems:
-            logits = points[i] @ points[j].mT - half[i][:, :, None] - half[j][:, None, :]  # [B, n, m] -C / eps
+            logits = -half[i][:, :, None] - half[j][:, None, :]  # [B, n, m]
+            logits.baddbmm_(points[i], points[j].mT)  # [B, n, m] -C / eps
             if i == j:
                 u, v, plan, info = _solve_self(logits, weights[i], max_iter, tol)
             else:
@@ -193,11 +194,13 @@ def _fast(x, y, eps, a, b, max_iter, tol, problems):
             infos.append(info)
             potentials[i] += factor * u
             potentials[j] += factor * v
-            value = value - factor * (plan.sum((1, 2), dtype=torch.float64) - 1)  # [B]
-            for k, other, p in ((i, j, plan), (j, i, plan.mT)):  # + factor sum_j P[i, j] (x[i] - y[j])
+            value = value - factor * (plan.sum(2).sum(1, dtype=torch.float64) - 1)  # [B]
+            # Each side gets factor sum_j P[i, j] (x[i] - y[j]); where both are one cloud, twice that.
+            sides = [(i, 2 * factor, i, plan)] if i == j else [(i, factor, j, plan), (j, factor, i, plan.mT)]
+            for k, share, other, p in sides:
                 if given[k].requires_grad:
-                    gradients[k].addcmul_(factor * p.sum(2, keepdim=True), points[k])
-                    gradients[k].baddbmm_(p, points[other], alpha=-factor)
+                    gradients[k].addcmul_(share * p.sum(2, keepdim=True), points[k])
+                    gradients[k].baddbmm_(p, points[other], alpha=-share)
         f, g = ((eps * u).reshape(w.shape) for u, w in zip(potentials, (a, b)))  # [..., n], [..., m]
         value = (eps[:, 0] * value).reshape(batch)  # [...]
         gradients = [gradient.mul_(2 * unit).reshape(z.shape) for gradient, z in zip(gradients, given)]
@@ -264,7 +267,7 @@ def _solve(logits, a, b, max_iter, tol):
         step = new - old  # [B, n]
         age = torch.where((excess * step).sum(1, keepdim=True) <= 0, age + 1, 0)  # [B, 1] 0 where it went downhill
         u, old = torch.where(error > tol, new + age / (age + 3) * step, u), new  # [B, n], [B, n]
-    plan = row[:, :, None] * kernel * column[:, None, :]  # [B, n, m]
+    plan = kernel.mul_(row[:, :, None]).mul_(column[:, None, :])  # [B, n, m] in the memory of K
     info = SinkhornInfo(iteration, error[:, 0], bool((error <= tol).all()))
     return u, v0 - row_kernel.log(), plan, info  # [B, n], [B, m]
 
@@ -277,12 +280,12 @@ def _kernel(logits, u):
     v0 = -(logits + u.to(logits.dtype)[:, :, None]).amax(1)  # [B, m]
     kernel = logits + v0[:, None, :]  # [B, n, m]
     u0 = -kernel.amax(2)  # [B, n]
-    return u0.double(), v0.double(), (kernel + u0[:, :, None]).exp()  # [B, n], [B, m], [B, n, m]
+    return u0.double(), v0.double(), kernel.add_(u0[:, :, None]).exp_()  # [B, n], [B, m], [B, n, m]
 
 
 def _solve_self(logits, a, max_iter, tol):
     """_solve for a cloud with itself: v = u, and K = exp(-C / eps) will do: its diagonal is 1."""
-    kernel = logits.clamp(max=0).exp()  # [B, n, n]
+    kernel = logits.clamp_(max=0).exp_()  # [B, n, n] in the memory of the logits
     kernel.diagonal(dim1=1, dim2=2).fill_(1)
     u = torch.zeros_like(a)  # [B, n]
     for iteration in range(1, max_iter + 1):
@@ -294,7 +297,7 @@ def _solve_self(logits, a, max_iter, tol):
             break
         u = torch.where(error > tol, better, u)  # [B, n]
     row = (a * better.exp()).to(kernel.dtype)  # [B, n]
-    plan = row[:, :, None] * kernel * row[:, None, :]  # [B, n, n]
+    plan = kernel.mul_(row[:, :, None]).mul_(row[:, None, :])  # [B, n, n] in the memory of K
     return better, better, plan, SinkhornInfo(iteration, error[:, 0], bool((error <= tol).all()))
 
 

@@ -6,7 +6,7 @@
    each model that variants.py trained with seed 0: the two values, and the cosine of the gradients
    in the states of a question, at several --ot-eps; means over 16 questions. "own" is the divergence
    from the start's own completions, 128 tokens of each: of the start itself it is sampling noise.
-2. Information. The gradient g in the weights, at the start, of each variant's loss over 24 batches:
+2. Information. The gradient g in the weights, at the start, of each variant's loss over 16 batches:
    |E g| without the part that is noise, sqrt(E |g - E g|^2), and their ratio. Anchors are 0 there.
 """
 
@@ -28,9 +28,9 @@ from benchmarks.variants import VARIANTS, exchange, squared_distance  # noqa: E4
 from run import load_data  # noqa: E402
 from sinkhorn import relative_eps, sinkhorn_divergence  # noqa: E402
 
-BATCHES = 24
+BATCHES = 16
 INFORMATION = {  # name -> the weight that variants.py has chosen; "no loss" is what the others add to
-    "no loss": 0, "sinkhorn": 0.002, "beside": 0.5, "in place": 1, "per token": 0.05, "opposites": 0.012,
+    "no loss": 0, "sinkhorn": 0.002, "beside": 0.5, "in place": 1, "per token": 0.1, "opposites": 0.012,
 }
 
 
