@@ -222,8 +222,9 @@ def main() -> None:
     rows |= {name: (best[name], [found["end"] for found in seeds[name]]) for name in args.variants}
     (args.output_dir / "variants.json").write_text(json.dumps({"grid": list(grid.items()), "rows": rows}, indent=1))
     print(table(rows), "\n")
-    if base := rows.get("sinkhorn"):
-        differences = {name: (weight, minus(found, base[1])) for name, (weight, found) in rows.items() if name in best}
+    if "sinkhorn" in best and len(best) > 1:
+        base = rows["sinkhorn"][1]
+        differences = {name: (best[name], minus(rows[name][1], base)) for name in best if name != "sinkhorn"}
         print("Minus sinkhorn, seed by seed:\n", table(differences), sep="\n")
 
 
