@@ -119,7 +119,7 @@ class Run:
         checkpoint.write_json(self.directory / "eval.json", evals)
         if self.writer and done < self.config.max_steps:
             names = "format", "accuracy", "si", "sinkhorn", "pair_accuracy", "pair_logratio_margin"
-            means = "".join(f", {name} {values[name]['mean']:.2f}" for name in names if name in values)
+            means = "".join(f", {name} {round(values[name]['mean'], 2) + 0.0:.2f}" for name in names if name in values)
             where = f"step {done}" if done else "start"
             self.bar.write(f"{where}: {values['questions']} held-out questions{means}")
         if self.writer and done == 0 and values.get("format", {"mean": 1})["mean"] < 0.02:
