@@ -26,7 +26,6 @@ import train  # noqa: E402
 from benchmarks.common import make_parser, run_script, side_by_side  # noqa: E402
 from benchmarks.variants import VARIANTS, exchange, squared_distance  # noqa: E402
 from run import load_data  # noqa: E402
-from sinkhorn import relative_eps, sinkhorn_divergence  # noqa: E402
 
 BATCHES = 16
 INFORMATION = {  # name -> the weight that variants.py has chosen; "no loss" is what the others add to
@@ -60,10 +59,8 @@ def pulls(model: Path, principles: Path) -> dict:
         found |= {f"S, {config.ot_eps}": value, f"cosine, {config.ot_eps}": cosine(pull, other).mean().item()}
     tasks = [train.Task(task.question, task.principles, f"{task.key} start") for task in tasks]  # other lots
     own = train.sample(start, tokenizer, tasks, config.num_generations, config)
-    own.start = train.read_start(start, start, own, config)
-    eps = relative_eps(states, own.start.states, 0.1, batch.weights, own.weights)  # [Q]
-    value, _ = sinkhorn_divergence(states, own.start.states, eps, batch.weights, own.weights)  # [Q]
-    return found | {"own": value.mean().item()}
+    batch.start, config.ot_eps = train.read_start(start, start, own, config), 0.1  # both clouds are full
+    return found | {"own": train.drift(states, batch, config)[0].mean().item()}
 
 
 def value_and_pull(anchor, states):
