@@ -18,12 +18,17 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import metrics
-from checkpoint import write_numbers, write_plot
-from data import InputError, load_principles
-from policy import block_side, head, prompt_limit
-from settings import MAX_SEED, DatasetConfig, check_bounds, option
-from si import cell, check_written_files, load_named, pick_questions, run_command, sample_chains
+from si import sample_chains
 from sinkhorn import relative_eps, sinkhorn_divergence
+from support.command import check_written_files, load_named, run_command
+from support.data import pick_questions
+from support.errors import InputError
+from support.files import load_principles, write_numbers
+from support.prefix import head
+from support.prompts import prompt_limit
+from support.report import _layer_plot, print_geometry, write_plot
+from support.scoring import block_side
+from support.settings import MAX_SEED, DatasetConfig, check_bounds, option
 
 CLOUD = 512  # points of a Sinkhorn divergence
 HIDDEN_ROWS = 2**26  # elements of the hidden states of all layers that one forward makes: 256 MB
@@ -179,66 +184,6 @@ def run_geometry(config: GeometryConfig) -> None:
 
 def main(argv=None) -> int:
     return run_command(GeometryConfig, run_geometry, __doc__.partition("\n")[0], argv)
-
-
-GEOMETRY_COLUMNS = (  # title, key, key after training, format
-    ("scale", "scale", None, ".2f"),
-    ("Sinkhorn", "sinkhorn", None, ".3g"),
-    ("(error)", "sinkhorn_error", None, ".0e"),
-    ("Bures-W.", "bures_wasserstein", None, ".3f"),
-    ("CKA", "linear_cka", None, ".3f"),
-    ("eff. rank", "rank_before", "rank_after", ".1f"),
-    ("mean shift", "mean_shift", None, ".3f"),
-    ("drift in span", "drift_in_span", "random_span", ".3f"),
-    ("angle", "angle_before", "angle_after", ".0f"),
-    ("between/within", "between_within_before", "between_within_after", ".3f"),
-)
-
-
-def print_geometry(summary: dict, config) -> None:
-    """The report of a comparison, for people."""
-    print("\nlayer" + "".join(f"{title:>{17 if after else 11}}" for title, _, after, _ in GEOMETRY_COLUMNS))
-    for index, row in enumerate(summary["layers"]):
-        line = f"{index:5}"
-        for _, key, after, form in GEOMETRY_COLUMNS:
-            text = f"{row[key]:{form}}"
-            if after:
-                text += f" {'/' if after == 'random_span' else '→'} {row[after]:{form}}"
-            line += f"{text:>{17 if after else 11}}"
-        print(line)
-    print(
-        "a → b: base → trained. layer 0: the embeddings. scale: root mean squared distance of the base's states\n"
-        f"from their mean. Sinkhorn: eps 0.1 of the mean squared distance, {summary['cloud']} points, (error) of the\n"
-        "marginals. drift in span: share of the squared drift in the span of the base's principle directions / in\n"
-        "a random subspace of that dimension. CKA: debiased, 0 by chance, 1 for equal geometry. angle: between\n"
-        "principle directions, degrees"
-    )
-    print()
-    for name, text in (
-        ("fisher_rao", "Fisher-Rao distance of next-token distributions, base to trained (at most pi)"),
-        ("kl", "KL(trained || base), nats per token"),
-        ("principle_before", "Fisher-Rao distance from one principle's prompt to another's, base"),
-        ("principle_after", "the same, trained"),
-    ):
-        print(f"{cell(summary['outputs'][name], 3):24} {text}")
-    print(f"\n{summary['completions']} completions of {config.trained} to {summary['questions']} questions under "
-          f"{summary['principles']} principles, compared at {summary['tokens']} of their tokens, seed {config.seed}")
-
-
-def _layer_plot(plt, summary):
-    panels = (
-        ("drift", ("sinkhorn",)), ("Bures-Wasserstein, mean shift", ("bures_wasserstein", "mean_shift")),
-        ("linear CKA", ("linear_cka",)), ("effective rank", ("rank_before", "rank_after")),
-        ("drift in principle span", ("drift_in_span", "random_span")),
-        ("between / within principles", ("between_within_before", "between_within_after")),
-    )
-    figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
-    for axis, (title, keys) in zip(axes.flat, panels):
-        for key in keys:
-            axis.plot([row[key] for row in summary["layers"]], "o-", ms=4, label=key.replace("_", " "))
-        axis.set(title=title, xlabel="layer")
-        axis.legend(fontsize=8)
-    return figure
 
 
 if __name__ == "__main__":

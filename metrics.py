@@ -29,9 +29,6 @@ whether an answer is right, geometry. To copy: it needs torch and infonce.py.
 
 import itertools
 import math
-import re
-import unicodedata
-from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -120,7 +117,7 @@ def reach(scores, num_candidates: int | None = None):
 
     SI is low for a principle that the model rarely follows, and for one that another principle
     repeats. Reach is 1 for the first kind, which training can mend, and low for the second. It
-    needs tens of questions. Source: our choice; benchmarks/si_study.py shows its use.
+    needs tens of questions. Source: our choice; experiments/si_study.py shows its use.
     """
     info = information(scores, "row", num_candidates).double()  # [N, K]
     return sufficiency(info.quantile(0.9, dim=0), num_candidates or scores.shape[-1])  # [K]
@@ -238,68 +235,6 @@ def _check_scores(scores, num_candidates: int | None = None) -> int:
 
 # --------------------------------------------------------------------------------------------------
 # Whether an answer is right
-
-
-def answer_is_right(text: str, answer: str) -> bool:
-    """Whether a completion ends in `answer`: read in the last <answer>, or in all if there is none.
-
-    Lenient, so that accuracy does not rise merely because the format does. A number is compared by
-    value with the last number there: .5, $0.50 and 1/2 are one number, 1,000 and 10^3 another.
-    Anything else is compared with the text there, without case and final dot.
-    """
-    found = text.rpartition("<answer>")[2].partition("</answer>")[0]
-    expected = _numbers(answer)
-    if len(expected) == 1 and not re.search(r"\w", NUMBER.sub("", _plain_digits(answer))):  # a number and nothing else
-        return _numbers(found)[-1:] == expected
-    return found.strip().strip(".").casefold() == answer.strip().strip(".").casefold()
-
-
-# No number is the 2 of x^2, of x^-2 and of v1.2; no sign is the minus of 5-2.
-NUMBER = re.compile(
-    r"""(?<![\w^]) (?<!\w\.) (?<!\^[-+])
-    (?P<sign>[-+]?) (?:(?<=[-+])[$€£])?
-    (?:(?P<whole>\d++)[ ](?=\d++/\d))?+  # of 2 1/2
-    (?P<value> \d++(?:,\d{3}(?!\d))*+(?:\.\d++)?+ | (?<!\.)\.\d++ )
-    (?: e(?P<e>[-+]?\d++) | \s*+[x×*·]\s*+10(?:\^|\*\*)(?P<ten>[-+]?\d++)
-      | (?:\^|\*\*)(?P<power>[-+]?\d++) | /(?P<under>\d++(?:\.\d++)?+) )?+""",
-    re.VERBOSE | re.IGNORECASE,
-)
-LATEX = (
-    (r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2"), (r"\^\{([^{}]*)\}", r"^\1"),
-    (r"\\(?:times|cdot)", "*"), (r"\\\$", "$"),
-)
-LONGEST_NUMBER = 4000  # digits, written out: Python reads no more than 4300
-
-
-def _numbers(text: str) -> list[Fraction]:
-    """The numbers of a text, exact, but those too long to write out or divided by 0."""
-    numbers = []
-    for match in NUMBER.finditer(_plain_digits(text)):
-        part = {name: (digits or "").replace(",", "") for name, digits in match.groupdict().items()}
-        if max(map(len, part.values())) > LONGEST_NUMBER:
-            continue
-        exponent = int(part["e"] or part["ten"] or part["power"] or 0)
-        if abs(exponent) * (len(part["value"]) if part["power"] else 1) > LONGEST_NUMBER:
-            continue
-        try:
-            value = Fraction(part["value"]) / Fraction(part["under"] or 1)
-            value = value**exponent if part["power"] else value * Fraction(10) ** exponent
-        except ZeroDivisionError:
-            continue
-        if value < 1:  # 2 1/2 is one number, 10 6/2 are two
-            value += int(part["whole"] or 0)
-        numbers.append(-value if part["sign"] == "-" else value)
-    return numbers
-
-
-def _plain_digits(text: str) -> str:
-    """Signs, fractions, powers of Unicode and LaTeX in ASCII: − is -, 2½ is 2 1/2, 10³ is 10^3."""
-    for latex, plain in LATEX:
-        text = re.sub(latex, plain, text)
-    text = re.sub(r"(?<=\d)[⁰¹²³⁴-⁹⁻]+", lambda power: "^" + unicodedata.normalize("NFKC", power[0]), text)
-    text = re.sub(r"(?<=\d)(?=[¼½¾⅐-⅞])", " ", text)
-    text = re.sub("[¼½¾⅐-⅞]", lambda fraction: unicodedata.normalize("NFKC", fraction[0]), text)
-    return re.sub("[\u2212\u2010\u2011\u2013\ufe63\uff0d]", "-", text).replace("\u2044", "/")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,35 +11,34 @@ settings, sampling and scoring, figures, selection, new principles, the command,
 import functools
 import itertools
 import math
-import os
 import random
 import re
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import metrics
-import policy
-import tiny
-from checkpoint import write_numbers, write_plot
-from data import InputError, Principle, build_messages, encode_after, encode_prompts, load_principles, save_principles
 from grpo import TAGS, format_reward
-from settings import MAX_SEED, DatasetConfig, Parser, check_bounds, flag, option
+from support import answers, sampling, tiny
+from support.answers import answer_is_right, cot_mask
+from support.command import check_written_files, load_named, run_command
+from support.data import pick_questions
+from support.errors import InputError
+from support.files import Principle, load_principles, save_principles, write_numbers
+from support.prompts import build_messages, encode_after, encode_prompts, eos_ids, prompt_limit
+from support.report import _heat_map, print_si, write_plot
+from support.sampling import uniform_numbers
+from support.scoring import hidden_states, log_probs
+from support.settings import MAX_SEED, DatasetConfig, check_bounds, option
 
 MAX_SCORED_ALL = 16  # principles; of more, each CoT meets MAX_SCORED_ALL - 1 sampled others
 SAMPLED_ROWS = 128  # completions sampled together
 HIDDEN_ELEMENTS = 2**24  # of the hidden states of the completions that are scored together: 64 MB
-NEAR_CEILING = 0.95  # a set SI above which more questions show nothing new, only more principles do
-FEW_CLOSED = 0.5  # share of CoTs with </reasoning> below which SI is about completions, not CoTs
-
-
 # --------------------------------------------------------------------------------------------------
 # Settings, and what `si.py` and `geometry.py` share
 
@@ -69,56 +68,6 @@ class SiConfig(DatasetConfig):
         check_written_files(self, out=".jsonl", json=".json")
 
 
-def check_written_files(config, **endings) -> None:
-    """Raises InputError for a file that cannot, or must not, be written, before any work."""
-    for name, ending in endings.items():
-        if (path := getattr(config, name)) is None:
-            continue
-        if not path.lower().endswith(ending):
-            raise InputError(f"{flag(name)}: got {path}; a file that ends in {ending} is accepted")
-        if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
-            raise InputError(f"{flag(name)}: {path} cannot be written; a file in a writable folder is accepted")
-        for source in (config.principles, config.dataset):
-            if source and os.path.exists(source) and os.path.exists(path) and os.path.samefile(source, path):
-                raise InputError(f"{flag(name)}: {path} is read by this command; another file is accepted")
-
-
-def load_named(name_of_flag: str, name: str):
-    """(model, tokenizer) of a name given with a flag; raises InputError that names the flag."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return policy.load_model(tiny.model_path(name), device)
-    except ValueError as error:  # InputError, or an architecture that policy cannot score
-        raise InputError(f"{name_of_flag}: {str(error).removeprefix('--model: ')}") from None
-
-
-def pick_questions(config) -> list:
-    """--num-questions of --dataset, or of the embedded task's held-out part."""
-    if config.dataset is None:
-        return tiny.make_questions(config.num_questions, held_out=True, seed=config.seed)
-    questions = config.load_questions(config.num_questions, config.seed)
-    return random.Random(f"{config.seed} questions").sample(questions, min(config.num_questions, len(questions)))
-
-
-def run_command(kind: type, command, description: str, argv) -> int:
-    """Parse settings and run the command: 0, or 2 after one line on stderr for unusable input."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        config = kind(**vars(Parser(kind, description=description).parse_args(argv)))
-        config.check()
-        command(config)
-    except (InputError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def cell(values: dict, digits: int = 2) -> str:
-    """An interval for people: "0.42 [0.37, 0.47]"."""
-    return "{mean:.{n}f} [{low:.{n}f}, {high:.{n}f}]".format(**values, n=digits)
-
-
 # --------------------------------------------------------------------------------------------------
 # Sampling and scoring
 
@@ -137,15 +86,15 @@ class Chain(NamedTuple):
 @torch.no_grad()
 def sample_chains(model, tokenizer, prompts, config) -> list[list[Chain]]:
     """A completion of each prompt, no top-k or top-p: N lists of K prompts -> N lists of K."""
-    num, eos, chains = len(prompts[0]), policy.eos_ids(model, tokenizer), []
+    num, eos, chains = len(prompts[0]), eos_ids(model, tokenizer), []
     flat = [prompt for row in prompts for prompt in row]
     for start in tqdm(range(0, len(flat), SAMPLED_ROWS), desc="sampling", dynamic_ncols=True):
         block = flat[start : start + SAMPLED_ROWS]
         keys = [f"{config.seed} chain {n}" for n in range(start, start + len(block))]
-        uniform = policy.uniform_numbers(keys, 1, config.max_completion_length, device=model.device)  # [P, 1, T]
-        out = policy.sample(model, block, uniform, config.temperature, eos, tokenizer.pad_token_id)
-        spans = policy.cot_mask(tokenizer, out.tokens, out.mask).sum(-1)  # [P, 1]
-        texts = policy.decode(tokenizer, out.tokens[:, 0], out.mask[:, 0], eos, config.form.prefill)  # P
+        uniform = uniform_numbers(keys, 1, config.max_completion_length, device=model.device)  # [P, 1, T]
+        out = sampling.sample(model, block, uniform, config.temperature, eos, tokenizer.pad_token_id)
+        spans = cot_mask(tokenizer, out.tokens, out.mask).sum(-1)  # [P, 1]
+        texts = answers.decode(tokenizer, out.tokens[:, 0], out.mask[:, 0], eos, config.form.prefill)  # P
         for n, text in enumerate(texts):
             whole, ids = out.tokens[n, 0][out.mask[n, 0]].tolist(), out.tokens[n, 0, : spans[n, 0]].tolist()
             closed = "</reasoning>" in text
@@ -194,8 +143,8 @@ def score_chains(model, tokenizer, prompts, chains, written_by, temperature, ans
         where = (torch.arange(len(index))[:, None, None] * num + index).flatten(0, 1)  # [Q·K, C] rows by prompt
         inputs, targets, kinds = (t[where].to(model.device) for t in padded)  # [Q·K, C, T] each
         flat = [prompt for row in prompts[part] for prompt in row]  # Q·K
-        hidden = policy.hidden_states(model, flat, inputs, kinds > 0)  # [Q·K, C, T, d]
-        logp = policy.log_probs(model, hidden, targets, kinds > CONTEXT, temperature)  # [Q·K, C, T]
+        hidden = hidden_states(model, flat, inputs, kinds > 0)  # [Q·K, C, T, d]
+        logp = log_probs(model, hidden, targets, kinds > CONTEXT, temperature)  # [Q·K, C, T]
         cot, answer = ((logp * (kinds == k)).sum(-1).float().cpu().view_as(index) for k in (COT, ANSWER))  # [Q, K, C]
         scores[part].scatter_(1, index.mT, cot.mT)
         answer_logp[part].scatter_(2, index, answer)
@@ -238,7 +187,7 @@ def estimate_si(model, tokenizer, principles, questions, config, sources) -> tup
     if negatives >= num:
         raise InputError(f"--num-negatives: got {negatives}, of {num} principles; 1 to {num - 1} is accepted")
     ends = [tiny.encode(tokenizer, f"</reasoning><answer>{a}</answer>") for a in answers if a is not None]
-    limit = policy.prompt_limit(model, config.max_completion_length + max(map(len, ends), default=0))
+    limit = prompt_limit(model, config.max_completion_length + max(map(len, ends), default=0))
     opposed = [i for i, p in enumerate(principles) if p.negative is not None]
     prompts, opposites = (  # N lists of K, of K'
         [config.form.encode(tokenizer, [(q.text, text) for text in texts], limit) for q in questions]
@@ -315,7 +264,7 @@ def make_tables(questions, chains, scores, answer_logp, num_candidates: int) -> 
         "cot_length": table(lambda chain: len(chain.ids)),
     }
     if answered := [n for n, q in enumerate(questions) if q.answer is not None]:
-        right = [[metrics.answer_is_right(c.text, questions[n].answer) for c in chains[n]] for n in answered]
+        right = [[answer_is_right(c.text, questions[n].answer) for c in chains[n]] for n in answered]
         tables["accuracy"] = torch.tensor(right, dtype=torch.double)  # [A, K]
         tables["answer_gain"] = answer_gain(answer_logp[answered])  # [A, K]
     return tables
@@ -456,11 +405,11 @@ def joined_principles(principles, rng):
 def _ask(model, tokenizer, requests: list[str], temperature: float, key: str) -> list[str]:
     """The first line of the model's reply to each request, without bullets and quotes."""
     conversations = [[{"role": "user", "content": request}] for request in requests]
-    prompts = encode_prompts(tokenizer, conversations, policy.prompt_limit(model, 80))
-    keys, eos = [f"{key} {n}" for n in range(len(prompts))], policy.eos_ids(model, tokenizer)
-    uniform = policy.uniform_numbers(keys, 1, 80, device=model.device)  # [P, 1, T]
-    out = policy.sample(model, prompts, uniform, temperature, eos, tokenizer.pad_token_id)
-    texts = policy.decode(tokenizer, out.tokens[:, 0], out.mask[:, 0], eos)
+    prompts = encode_prompts(tokenizer, conversations, prompt_limit(model, 80))
+    keys, eos = [f"{key} {n}" for n in range(len(prompts))], eos_ids(model, tokenizer)
+    uniform = uniform_numbers(keys, 1, 80, device=model.device)  # [P, 1, T]
+    out = sampling.sample(model, prompts, uniform, temperature, eos, tokenizer.pad_token_id)
+    texts = answers.decode(tokenizer, out.tokens[:, 0], out.mask[:, 0], eos)
     lines = [(text.strip().splitlines() or [""])[0] for text in texts]
     return [re.sub(r"^[\s\-*•\d.)\"“']+|[\s\"”'*]+$", "", line) for line in lines]
 
@@ -522,88 +471,6 @@ def main(argv=None) -> int:
 
 # --------------------------------------------------------------------------------------------------
 # Its report
-
-
-def print_si(summary: dict, config) -> None:
-    """The report of a measurement, for people."""
-    print_table(summary)
-    together = summary["set"]
-    print(
-        f"\nSI {cell(together['si'])}, MI {cell(together['mi'])} of at most {summary['ceiling']:.2f} nats; "
-        f"{together['closed']:.0%} of chains of thought close with </reasoning>:\n{summary['questions']} questions, "
-        f"{summary['chains']} chains of thought, {summary['cot_tokens']} tokens, model {config.model}, "
-        f"temperature {config.temperature}, seed {config.seed}"
-    )
-    print("\n".join(text for holds, text in notes(summary, config) if holds))
-    if "negatives" in summary:
-        print("\nagainst its own opposite, SI of the two (its chains of thought alone are asked: no bound on MI)")
-        for row in summary["negatives"]:
-            print(f"{row['id'][:8]:9}{cell(row['si_opposite']):22}told apart {row['retrieval']:.2f}  {row['negative']}")
-    if "selection" in summary:
-        best, size = summary["selection"], len(summary["selection"]["ids"])
-        print(
-            f"\nbest {size}: {', '.join(best['ids'])}\nSI among themselves {cell(best['si'])}; chosen on half the "
-            f"questions, measured on the other half {best['si_other_half']:.2f}; a random {size} has "
-            f"{best['si_random_subset']:.2f}"
-        )
-
-
-def print_table(summary: dict) -> None:
-    """A line for each principle, best first, one for the set, one of what could be at most."""
-    answered = "accuracy" in summary["set"]
-    width = min(36, max(len(row["text"]) for row in summary["principles"]))
-    head = f"\n{'principle':{width + 9}}{'SI [95%]':>19}  {'reach':>5}{'row MI*':>8}{'column*':>9}{'top-1':>7}"
-    head += f"  {'mistaken for':16}{'format':>7}{'length':>8}"
-    print(head + (f"{'accuracy':>10}{'gain**':>8}" if answered else ""))
-    for row in [*summary["principles"], {"id": "the set", "text": "", **summary["set"]}]:
-        text = row["text"] if len(row["text"]) <= width else row["text"][: width - 1] + "…"
-        other = f"{row['mistaken_for'][:9]} ({row['mistaken_share']:.2f})" if "mistaken_for" in row else ""
-        line = f"{row['id'][:8]:9}{text:{width}}{cell(row['si']):>19}{' ~' if row.get('overlaps_next') else '  '}"
-        line += f"{row['reach']:5.2f}{row['mi_row']:8.2f}{row['mi_column']:9.2f}{row['retrieval']:7.2f}  {other:16}"
-        line += f"{row['format']:7.2f}{row['cot_length']:8.1f}"
-        print(line + (f"{row['accuracy']:10.2f}{row['answer_gain']['mean']:+8.2f}" if answered else ""))
-    bounds = f"{1:19.2f}  {1:5.2f}{summary['ceiling']:8.2f}{'':9}{summary['chance']:7.2f}"
-    print(f"{'at most log K; by chance':{width + 9}}{bounds}")
-
-
-def notes(summary: dict, config) -> list[tuple[bool, str]]:
-    """(whether it holds, the line): what a reader of the table has to know."""
-    together, num, pool = summary["set"], summary["candidates"], len(summary["ids"])
-    return [
-        (together["closed"] < FEW_CLOSED,
-         "warning: few chains of thought close, so SI is about whole completions, answers included, and\n"
-         "  says little of the reasoning: the model does not write the format that training rewards"),
-        (num < pool, f"each chain of thought is scored against {num - 1} sampled principles of {pool}: MI is a lower\n"
-                     f"  bound, at most log {num}"),
-        (any(row.get("overlaps_next") for row in summary["principles"]),
-         "~ not distinguishable from the next line: the intervals overlap; more --num-questions narrow them"),
-        (together["si"]["mean"] >= NEAR_CEILING,
-         f"near the ceiling: {num} candidates are too few to tell more; add principles"),
-        (summary["truncated"] > 0.05, f"{summary['truncated']:.0%} of completions were cut at "
-                                      f"{config.max_completion_length} tokens: raise --max-completion-length"),
-        (True, "reach: the share that the most telling tenth of the texts carries. Training can make rare texts\n"
-               "  frequent; where reach is low as well, principles say the same, or nothing"),
-        (True, "* log K - InfoNCE, nats, as in training. SI estimates the same share of log K from the posteriors of\n"
-               "  all chains of thought, which is less noisy. The column is no bound: it may exceed the row"),
-        ("accuracy" in together,
-         "** nats that the principle's own chain of thought adds to the right answer, over others'"),
-    ]
-
-
-def _heat_map(plt, summary):
-    """Who is mistaken for whom, as a figure."""
-    ids, values = summary["ids"], summary["confusion"]
-    size = 2 + 0.45 * len(ids)
-    figure, axis = plt.subplots(figsize=(size + 1, size), layout="constrained")
-    image = axis.imshow(values, vmin=0, vmax=1, cmap="Blues")
-    for (i, row), j in itertools.product(enumerate(values), range(len(ids))):
-        color = "white" if row[j] > 0.5 else "black"
-        axis.text(j, i, f"{row[j]:.2f}".lstrip("0"), ha="center", va="center", fontsize=7, color=color)
-    axis.set_xticks(range(len(ids)), ids, rotation=60, ha="right")
-    axis.set_yticks(range(len(ids)), ids)
-    axis.set(xlabel="is taken for", ylabel="was written under")
-    figure.colorbar(image, label="mean posterior")
-    return figure
 
 
 if __name__ == "__main__":

@@ -27,19 +27,23 @@ from pathlib import Path
 
 import torch
 
-import memory
-import parallel
-import policy
-import tiny
-from data import Principle, Question, set_date
 from grpo import format_reward, group_advantages, grpo_loss
 from infonce import symmetric_info_nce
-from metrics import answer_is_right, column_information, information, interval, mutual_information, sufficiency_interval
-from policy import check_finite
-from preferences import evaluate_pairs, preference_loss
-from run import Data, Run, Step, choose_directory, load_data, make_schedule, outcome, parse
-from settings import Config
+from metrics import column_information, information, interval, mutual_information, sufficiency_interval
 from sinkhorn import relative_eps, sinkhorn_divergence
+from support import answers, memory, parallel, sampling, tiny
+from support.answers import answer_is_right, cot_mask
+from support.command import outcome, parse
+from support.data import Data, load_data
+from support.errors import check_finite, diverging
+from support.files import Principle, Question
+from support.model import add_lora, has_bf16, load_model
+from support.preferences import evaluate_pairs, preference_loss
+from support.prompts import eos_ids, prompt_limit, set_date
+from support.run import Run, Step, choose_directory, make_schedule
+from support.sampling import uniform_numbers
+from support.scoring import frozen_start, score_matrix
+from support.settings import Config
 
 
 def loop(run: Run, model, reference, tokenizer, optimizer, schedule, data: Data, config: Config):
@@ -125,10 +129,10 @@ def load(config: Config):
     """(model, tokenizer) on the GPU if there is one; with --lora-rank the adapters are added."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if config.bf16 is None:  # the embedded model is too small to gain by it on a CPU
-        config.bf16 = policy.has_bf16(device) and (device.type == "cuda" or config.model != "tiny")
-    model, tokenizer = policy.load_model(tiny.model_path(config.model), device, config.bf16)
+        config.bf16 = has_bf16(device) and (device.type == "cuda" or config.model != "tiny")
+    model, tokenizer = load_model(tiny.model_path(config.model), device, config.bf16)
     config.date = set_date(tokenizer, parallel.gather(set_date(tokenizer, config.date))[0])  # of process 0
-    return policy.add_lora(model, config.lora_rank, config.seed) if config.lora_rank else model, tokenizer
+    return add_lora(model, config.lora_rank, config.seed) if config.lora_rank else model, tokenizer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,28 +209,28 @@ def draw(questions: list, principles: list, config: Config, step: int) -> list[T
 def sample(model, tokenizer, tasks: list[Task], num_generations: int, config: Config) -> Batch:
     """Sample G completions of each question under each principle, and choose the cloud's tokens."""
     pairs = [(task.question.text, principle.text) for task in tasks for principle in task.principles]  # Q·K
-    prompts = config.form.encode(tokenizer, pairs, policy.prompt_limit(model, config.max_completion_length))  # Q·K
+    prompts = config.form.encode(tokenizer, pairs, prompt_limit(model, config.max_completion_length))  # Q·K
     num = len(tasks[0].principles)
     keys, shape = [task.key for task in tasks], (num, num_generations, config.max_completion_length)
-    uniform = policy.uniform_numbers(keys, *shape, device=model.device)  # [Q, K, G, T]
-    ends = policy.eos_ids(model, tokenizer)
-    out = policy.sample(model, prompts, uniform.flatten(0, 1), config.temperature, ends, tokenizer.pad_token_id)
+    uniform = uniform_numbers(keys, *shape, device=model.device)  # [Q, K, G, T]
+    ends = eos_ids(model, tokenizer)
+    out = sampling.sample(model, prompts, uniform.flatten(0, 1), config.temperature, ends, tokenizer.pad_token_id)
     tokens, mask, truncated, entropy = (
         t.unflatten(0, (len(tasks), num)) for t in (out.tokens, out.mask, out.truncated, out.entropy)
     )  # [Q, K, G, T] twice, [Q, K, G] twice
 
     valid = mask.flatten(1)  # [Q, K·G·T]
-    lots = policy.uniform_numbers([f"{key} cloud" for key in keys], *shape, device=model.device)  # [Q, K, G, T]
+    lots = uniform_numbers([f"{key} cloud" for key in keys], *shape, device=model.device)  # [Q, K, G, T]
     lots = lots[..., : mask.shape[-1]].flatten(1).masked_fill(~valid, -1)  # [Q, K·G·T]
     cloud = lots.topk(min(config.ot_tokens, valid.shape[1])).indices  # [Q, n] without replacement, padding last
     weights = valid.gather(1, cloud).float()  # [Q, n]
     return Batch(
         tasks=tasks,
         prompts=[prompts[q : q + num] for q in range(0, len(prompts), num)],
-        texts=policy.decode(tokenizer, tokens, mask, ends, config.form.prefill),
+        texts=answers.decode(tokenizer, tokens, mask, ends, config.form.prefill),
         tokens=tokens,
         mask=mask,
-        cot=policy.cot_mask(tokenizer, tokens, mask),
+        cot=cot_mask(tokenizer, tokens, mask),
         truncated=truncated,
         entropy=entropy,
         cloud=cloud,
@@ -263,7 +267,7 @@ def add_rewards(batch: Batch, config: Config, model=None) -> None:
 def read(model, batch: Batch, config: Config, generations: int = 0, own_logp: bool = True) -> Reading:
     """Each completion under its own principle; for the scores, `generations` of G under all."""
     tokens = batch.prompts, batch.tokens, batch.mask, batch.cot
-    reading = Reading(*policy.score_matrix(model, *tokens, config.temperature, generations, batch.cloud, own_logp))
+    reading = Reading(*score_matrix(model, *tokens, config.temperature, generations, batch.cloud, own_logp))
     check_finite("a hidden state", reading.states)
     return reading
 
@@ -271,7 +275,7 @@ def read(model, batch: Batch, config: Config, generations: int = 0, own_logp: bo
 @torch.no_grad()
 def read_start(model, reference, batch: Batch, config: Config) -> Reading:
     """The same by the frozen start, from which the drift, and with --beta the KL, is measured."""
-    with policy.frozen_start(model, reference) as start:
+    with frozen_start(model, reference) as start:
         return read(start, batch, config, own_logp=config.kl_weight > 0)
 
 
@@ -279,7 +283,7 @@ def read_start(model, reference, batch: Batch, config: Config) -> Reading:
 # The losses
 
 
-@policy.diverging()
+@diverging()
 def losses(now: Reading, batch: Batch, config: Config):
     """(loss, terms by name), means over questions. A new loss is a function, and a line here."""
     terms = policy_terms(now, batch, config)
@@ -390,7 +394,7 @@ def evaluate_tasks(model, reference, tokenizer, tasks: list[Task], config: Confi
 
 
 def main(argv=None) -> int:
-    """Train by the command line; returns the exit status, see run.outcome."""
+    """Train by the command line; returns the exit status, see outcome."""
     return outcome(lambda: train(parse(argv)))
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/bf16.py [--model FOLDER] [--rows 4] [--tokens 32] [--rounds 3]
 
-On SmolLM2-135M-Instruct (benchmarks/smollm2.py), or another folder. One batch of sampled
+On SmolLM2-135M-Instruct (experiments/smollm2.py), or another folder. One batch of sampled
 completions is read and differentiated in float32 and with bfloat16 matrix products (float32
 weights, as --bf16 True has it), in turn; printed are the ratio of the median times and the cosine
 of the two gradients over all weights. The loss is log-probability times a random advantage: the
@@ -21,9 +21,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import policy  # noqa: E402
-from benchmarks.smollm2 import default_folder  # noqa: E402
-from data import build_messages, encode_prompts  # noqa: E402
+from experiments.smollm2 import default_folder  # noqa: E402
+from support import sampling  # noqa: E402
+from support.model import has_bf16, load_model  # noqa: E402
+from support.prompts import (  # noqa: E402
+    build_messages,
+    encode_prompts,
+    eos_ids,  # noqa: E402
+)
+from support.sampling import uniform_numbers  # noqa: E402
+from support.scoring import hidden_states, log_probs  # noqa: E402
 
 QUESTIONS = ("Why is the sky blue?", "A book costs 4 dollars. What do 3 books cost?")
 
@@ -34,8 +41,8 @@ def gradient(model, prompts, completions, advantages, bf16):
     model.zero_grad()
     start = time.perf_counter()
     tokens, mask = completions.tokens, completions.mask  # [P, N, T] both
-    hidden = policy.hidden_states(model, prompts, tokens, mask)  # [P, N, T, d]
-    logp = policy.log_probs(model, hidden, tokens, mask, 1.0)  # [P, N, T]
+    hidden = hidden_states(model, prompts, tokens, mask)  # [P, N, T, d]
+    logp = log_probs(model, hidden, tokens, mask, 1.0)  # [P, N, T]
     (advantages * logp.sum(-1)).mean().backward()
     if model.device.type == "cuda":
         torch.cuda.synchronize()
@@ -51,13 +58,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if not args.model.exists():
-        raise SystemExit(f"error: {args.model} is missing; python benchmarks/smollm2.py makes it")
+        raise SystemExit(f"error: {args.model} is missing; python experiments/smollm2.py makes it")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = policy.load_model(str(args.model), device)
+    model, tokenizer = load_model(str(args.model), device)
     prompts = encode_prompts(tokenizer, [build_messages(question, "Show every step.") for question in QUESTIONS])
-    uniform = policy.uniform_numbers(["a", "b"], args.rows, args.tokens, device=device)  # [P, N, T]
-    completions = policy.sample(
-        model, prompts, uniform, 1.0, policy.eos_ids(model, tokenizer), tokenizer.pad_token_id
+    uniform = uniform_numbers(["a", "b"], args.rows, args.tokens, device=device)  # [P, N, T]
+    completions = sampling.sample(
+        model, prompts, uniform, 1.0, eos_ids(model, tokenizer), tokenizer.pad_token_id
     )
     advantages = torch.randn(uniform.shape[:2], generator=torch.Generator().manual_seed(0)).to(device)  # [P, N]
     times = {False: [], True: []}
@@ -69,7 +76,7 @@ def main() -> None:
             times[bf16].append(seconds)
     cosine = torch.nn.functional.cosine_similarity(*(g.double() for g in gradients), dim=0)
     single, half = (statistics.median(times[bf16]) for bf16 in (False, True))
-    native = policy.has_bf16(device)
+    native = has_bf16(device)
     print(f"bfloat16 in this processor's instructions: {'yes' if native else 'no'}; {torch.get_num_threads()} threads\n"
           f"float32 {single:.2f} s, bfloat16 {half:.2f} s a pass: {half / single:.2f} of the time\n"
           f"cosine of the gradients {cosine.item():.5f}, norm {gradients[1].norm() / gradients[0].norm():.4f} times")

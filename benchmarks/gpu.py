@@ -38,12 +38,17 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig  # noqa: E402
 
-import policy  # noqa: E402
-import tiny  # noqa: E402
 import train  # noqa: E402
 from benchmarks import step  # noqa: E402
-from data import encode_prompts  # noqa: E402
 from grpo import group_advantages  # noqa: E402
+from support import (
+    sampling,  # noqa: E402
+    tiny,  # noqa: E402
+)
+from support.model import add_lora  # noqa: E402
+from support.prompts import encode_prompts  # noqa: E402
+from support.sampling import uniform_numbers  # noqa: E402
+from support.scoring import ROWS_PER_FORWARD  # noqa: E402
 
 SHAPES = {
     "gemma-3-1b": Gemma3TextConfig(
@@ -88,10 +93,10 @@ class Bench:
     def state(self, config):
         """(policy, reference or None with LoRA, optimiser), made as train.train makes them."""
         model = copy.deepcopy(self.start).to(self.device)
-        rows = min(config.rows_at_once, policy.ROWS_PER_FORWARD) if config.gradient_checkpointing else None
+        rows = min(config.rows_at_once, ROWS_PER_FORWARD) if config.gradient_checkpointing else None
         model.bf16, model.recompute_rows = self.bf16, rows
         if config.lora_rank:
-            model, reference = policy.add_lora(model, config.lora_rank, config.seed), None
+            model, reference = add_lora(model, config.lora_rank, config.seed), None
         else:
             reference = copy.deepcopy(model).requires_grad_(False)
         return model, reference, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=config.weight_decay)
@@ -99,8 +104,8 @@ class Bench:
     def sample(self, model, config, number):
         names = [f"{number} {n}" for n in range(len(self.prompts))]
         shape = config.num_generations, config.max_completion_length
-        uniform = policy.uniform_numbers(names, *shape, device=self.device)  # [Q·K, G, T]
-        return policy.sample(model, self.prompts, uniform, config.temperature, [], 0)
+        uniform = uniform_numbers(names, *shape, device=self.device)  # [Q·K, G, T]
+        return sampling.sample(model, self.prompts, uniform, config.temperature, [], 0)
 
     def batch(self, out, config) -> train.Batch:
         """What train.sample makes of completions: every other one rewarded, all of each its CoT."""

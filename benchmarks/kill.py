@@ -21,9 +21,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import checkpoint  # noqa: E402
 import train  # noqa: E402
-from benchmarks.common import read_lines  # noqa: E402
+from experiments.common import read_lines  # noqa: E402
+from support import checkpoint  # noqa: E402
+from support.files import sha256  # noqa: E402
 
 FLAGS = (
     "--num-questions 2 --num-principles 2 --num-generations 2 --max-completion-length 12 --max-steps 6 "
@@ -63,7 +64,7 @@ def outcome(run_dir: Path) -> tuple:
     lines = read_lines(run_dir / "metrics.jsonl")
     steps = [{name: value for name, value in line.items() if "second" not in name} for line in lines]
     files = ("samples.jsonl", "eval.json", "final/model.safetensors")
-    return steps, *(checkpoint.sha256(run_dir / name) for name in files)
+    return steps, *(sha256(run_dir / name) for name in files)
 
 
 def kill_and_resume(run_dir: Path, flags, seconds: float) -> str:

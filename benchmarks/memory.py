@@ -3,10 +3,10 @@
     python benchmarks/memory.py                              # all three; 16 GB of memory, 18 minutes on two cores
     python benchmarks/memory.py --parts logits estimate      # without the 1B models
 
-    logits     policy.log_probs with gradient against the full logits: 8 x 512 tokens, V = 262144,
+    logits     log_probs with gradient against the full logits: 8 x 512 tokens, V = 262144,
                d = 1152
     estimate   the line that train.py prints before training against what two steps then took: of
-               SmolLM2-135M-Instruct where benchmarks/smollm2.py has put it, else of a random model
+               SmolLM2-135M-Instruct where experiments/smollm2.py has put it, else of a random model
                of a quarter of its size
     billion    one LoRA step through train.py of random models in the shapes of Gemma-3-1B and
                Llama-3.2-1B
@@ -29,6 +29,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from support.scoring import log_probs
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -62,8 +64,6 @@ def measure_logits(variant: str, rows: int, tokens: int, vocabulary: int, width:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import policy
-
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=8,
                                          num_hidden_layers=1, num_attention_heads=8, tie_word_embeddings=True))
@@ -73,7 +73,7 @@ def measure_logits(variant: str, rows: int, tokens: int, vocabulary: int, width:
     if variant == "full logits":
         logp = model.lm_head(hidden).log_softmax(-1).gather(-1, targets[..., None])[..., 0]  # [N, T]
     else:
-        logp = policy.log_probs(model, hidden, targets, torch.ones_like(targets, dtype=torch.bool), 1.0)  # [N, T]
+        logp = log_probs(model, hidden, targets, torch.ones_like(targets, dtype=torch.bool), 1.0)  # [N, T]
     (logp * torch.randn(rows, tokens, generator=torch.Generator().manual_seed(1))).sum().backward()
     checksum = hidden.grad.norm().item(), model.lm_head.weight.grad.norm().item()
     print(json.dumps({"gb": (peak() - before) / 1e9, "cpu_seconds": time.process_time() - start[0],
@@ -82,10 +82,9 @@ def measure_logits(variant: str, rows: int, tokens: int, vocabulary: int, width:
 
 def write_model(folder: str, kind: str, config: str, settings: str) -> None:
     """A random model with the embedded model's tokenizer, for train.py."""
+    import tiny
     import torch
     import transformers
-
-    import tiny
 
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer()
@@ -194,7 +193,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=262144)
     parser.add_argument("--width", type=int, default=1152)
-    from benchmarks.smollm2 import default_folder  # not in the measured processes, which import this file
+    from experiments.smollm2 import default_folder  # not in the measured processes, which import this file
 
     smollm2 = default_folder()
     parser.add_argument("--model", default=smollm2 if smollm2.exists() else None, help="folder, of the estimate part")

@@ -51,9 +51,9 @@ import build  # noqa: E402
 import torch  # noqa: E402
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402
 
-import policy  # noqa: E402
 import sinkhorn  # noqa: E402
-import tiny  # noqa: E402
+from support import tiny  # noqa: E402
+from support.model import load_model  # noqa: E402
 
 try:
     import ot
@@ -99,7 +99,7 @@ def hidden_states(model, tokenizer, n, noise):
 
 def make_clouds(n):
     """Name -> (x, y)."""
-    model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    model, tokenizer = load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
     torch.manual_seed(0)
     wide = Gemma3ForCausalLM(Gemma3TextConfig(
         vocab_size=512, hidden_size=1152, intermediate_size=1152, num_hidden_layers=2, num_attention_heads=4,

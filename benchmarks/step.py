@@ -30,11 +30,12 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-import policy  # noqa: E402
-import run  # noqa: E402
-import tiny  # noqa: E402
 import train  # noqa: E402
-from data import build_messages  # noqa: E402
+from support import tiny  # noqa: E402
+from support.prompts import (
+    build_messages,  # noqa: E402
+    )
+from support.run import Step  # noqa: E402
 
 VARIANTS = {
     "GRPO": ["--lambda-mi", "0", "--lambda-ot", "0"],
@@ -71,7 +72,7 @@ def finish_step(model, reference, optimizer, batch, config, clock) -> dict:
     """Seconds of each phase; `clock` has when the step began, and when its batch was sampled."""
     batch.start = train.read_start(model, reference, batch, config) if config.needs_start else None
     clock.append(now())
-    train.update(model, optimizer, run.Step(tasks=batch.tasks, batch=batch), config)
+    train.update(model, optimizer, Step(tasks=batch.tasks, batch=batch), config)
     clock.append(now())
     seconds = {phase: b - a for phase, a, b in zip(PHASES, clock, clock[1:])}
     return {**seconds, "total": clock[-1] - clock[0], "tokens": int(batch.mask.sum())}
@@ -200,14 +201,14 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, medians of {args.rounds} rounds, seconds")
     tables = {}
     if args.growth:
-        ends, policy.eos_ids = policy.eos_ids, lambda *_: []  # every completion as long as it may be
+        ends, train.eos_ids = train.eos_ids, lambda *_: []  # every completion as long as it may be
         for flag, sizes in GROWTH.items():
             runs = {f"{n}, {size}": run for size in sizes for n, run in steppers(
                 {n: VARIANTS[n] for n in ("GRPO", "ENIGMA")}, [*extra, flag, str(size)]).items()}
             base = f"GRPO, {sizes[0]}"
             tables[flag] = summarise(take_turns(runs), base)
             print_table(tables[flag], base, flag)
-        policy.eos_ids = ends
+        train.eos_ids = ends
     elif args.price:
         rounds = take_turns(steppers(price_variants(config.num_generations), extra))
         tables["price"] = summarise(rounds, "GRPO")

@@ -11,8 +11,9 @@ import transformers
 
 import geometry
 import metrics
-import policy
-import tiny
+from support import tiny
+from support.model import load_model
+from support.scoring import hidden_states
 
 PRINCIPLES = str(tiny.MODEL_DIR.parent / "principles" / "reasoning.txt")
 
@@ -132,7 +133,7 @@ def test_shapes_are_checked(function):
 
 
 def moved_model(path, scale=0.02):
-    model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    model, tokenizer = load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
     moved = copy.deepcopy(model)
     for p in moved.parameters():
         p.data += scale * noise(*p.shape).float()
@@ -142,7 +143,7 @@ def moved_model(path, scale=0.02):
 
 
 def test_states_of_every_layer_are_those_of_the_plain_forward_and_of_training():
-    model, _ = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    model, _ = load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
     prompts, completions = [[1, 20, 21, 22], [1, 30, 31]], [[40, 41, 42], [50, 51, 52, 53, 2]]
     picked = [(0, 0), (0, 2), (1, 1), (1, 4)]
     states = geometry.layer_states(model, prompts, completions, picked)  # [L + 1, 4, d]
@@ -153,7 +154,7 @@ def test_states_of_every_layer_are_those_of_the_plain_forward_and_of_training():
             torch.testing.assert_close(states[:, n], torch.stack([h[0, -1] for h in hidden]), rtol=1e-4, atol=1e-4)
         tokens = torch.tensor([c + [0] * (5 - len(c)) for c in completions])[:, None]  # [2, 1, T]
         mask = torch.arange(5) < torch.tensor([[3], [5]])  # [2, T]
-        trained_on = policy.hidden_states(model, prompts, tokens, mask[:, None])[:, 0]  # [2, T, d]
+        trained_on = hidden_states(model, prompts, tokens, mask[:, None])[:, 0]  # [2, T, d]
     torch.testing.assert_close(states[-1, 3], trained_on[1, 4], rtol=1e-4, atol=1e-4)
 
 
@@ -179,7 +180,7 @@ def test_a_plot_that_fails_is_one_line_and_the_numbers_stay(tmp_path, monkeypatc
     def broken(*_):
         raise RuntimeError("latex could not be found")
 
-    monkeypatch.setattr(geometry, "_layer_plot", broken)
+    monkeypatch.setattr("geometry._layer_plot", broken)
     flags = ["--num-questions", "1", "--num-tokens", "60", "--max-completion-length", "8", "--json", str(tmp_path / "g.json")]
     assert geometry.main(["--base", "tiny", "--trained", "tiny", "--principles", PRINCIPLES, *flags]) == 0
     shown = capsys.readouterr()

@@ -21,13 +21,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import geometry
-import policy
-import run
 import si
-import tiny
 import train
-from preferences import encode_pairs, with_reference
-from settings import Config
+from support import model as loading
+from support import tiny
+from support.preferences import encode_pairs, with_reference
+from support.run import Step
+from support.settings import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO = b"Be brief.\nShow every step.\n"
@@ -188,7 +188,7 @@ CASES = [
     ("principles BOM and CRLF", principles(b"\xef\xbb\xbf" + TWO.replace(b"\n", b"\r\n")), texts("Be brief.", "Show every step.")),
     ("principles UTF-16", principles(TWO.decode().encode("utf-16")), "p.txt:1: byte 1 is 0xff"),
     ("principles Latin-1", principles("Sei höflich.\n".encode("latin-1") + TWO), "p.txt:1: byte 6 is 0xf6"),
-    ("principles a picture", principles((ROOT / "assets" / "ablation.png").read_bytes()), "p.txt:1: byte 1 is 0x89"),
+    ("principles a picture", principles((ROOT / "docs" / "figures" / "ablation.png").read_bytes()), "p.txt:1: byte 1 is 0x89"),
     ("principles with a NUL", principles(TWO + b"a\0b\n"), r"p.txt:3: principle contains '\x00'"),
     ("principles one huge line", principles(TWO + b"a " * HUGE), "p.txt:3: the line is too long"),
     ("principles a line just too long to be a prompt", principles(TWO + b"word " * 20_000), "at most 448 are accepted"),
@@ -343,7 +343,7 @@ COMMANDS = {"si": si.main, "geometry": geometry.main}
 
 @pytest.fixture(scope="module")
 def tiny_model():
-    return policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    return loading.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
 
 
 def tree(folder):
@@ -358,7 +358,7 @@ def tree(folder):
 @pytest.fixture
 def stops(monkeypatch, tiny_model):
     """Where an accepted command line ends; the embedded model is loaded once."""
-    load_data, load_model = train.load_data, policy.load_model
+    load_data, load_model = train.load_data, loading.load_model
 
     def read(*args):
         raise Accepted(load_data(*args))
@@ -372,7 +372,7 @@ def stops(monkeypatch, tiny_model):
     monkeypatch.setattr(train, "load_data", read)
     for module in (si, geometry):
         monkeypatch.setattr(module, "sample_chains", accept)
-    monkeypatch.setattr(policy, "load_model", load)
+    monkeypatch.setattr("support.model.load_model", load)
 
     def hangs(*args):
         raise AssertionError(f"a hang: nothing within {SECONDS} s")
@@ -445,7 +445,7 @@ def test_as_commands(tmp_path):
 @pytest.mark.parametrize("terms", [{"lambda_mi": 0.0}, {"lambda_ot": 0.0}, {"preferences": "tiny"}], ids=str)
 def test_a_model_that_breaks_down_in_training_is_no_traceback(terms, tiny_model):
     sound, tokenizer = tiny_model
-    model, step = copy.deepcopy(sound), run.Step()
+    model, step = copy.deepcopy(sound), Step()
     model.model.norm.weight.data.fill_(NAN)
     if "preferences" in terms:
         config = Config(**terms)

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import memory
-import policy
-import run
-import tiny
 import train
-from data import InputError
+from support import memory, tiny
+from support.data import load_data
+from support.errors import InputError
+from support.model import load_model
+from support.scoring import token_states
 
 PRINCIPLES = str(Path(__file__).parent.parent / "principles" / "reasoning.txt")
 SMALL = (
@@ -23,8 +23,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def loaded():
     """(model, tokenizer, data)."""
-    model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), CPU)
-    return model, tokenizer, run.load_data(model, tokenizer, train.parse(["--principles", PRINCIPLES, *SMALL]))
+    model, tokenizer = load_model(str(tiny.MODEL_DIR), CPU)
+    return model, tokenizer, load_data(model, tokenizer, train.parse(["--principles", PRINCIPLES, *SMALL]))
 
 
 def estimate(loaded, *flags):
@@ -41,7 +41,7 @@ def total(parts):
 
 
 def test_with_enough_memory_nothing_is_recomputed_and_the_line_says_how_much_is_free(loaded, monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda device: 64e9)
+    monkeypatch.setattr("support.memory.free_memory", lambda device: 64e9)
     parts, line, config = estimate(loaded)
     assert (config.gradient_checkpointing, config.micro_batch, loaded[0].recompute_rows) == (False, 16, None)
     assert line.startswith(f"memory: about {total(parts) / 1e9:.2g} GB (") and line.endswith("of 64 GB free")
@@ -50,7 +50,7 @@ def test_with_enough_memory_nothing_is_recomputed_and_the_line_says_how_much_is_
 
 def test_less_memory_means_one_question_at_a_time_and_then_ever_fewer_rows_recomputed(loaded, monkeypatch):
     free, held, seen = 64e9, sum(p.nbytes for p in loaded[0].parameters()), []
-    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    monkeypatch.setattr("support.memory.free_memory", lambda device: free)
     for _ in range(12):
         try:
             parts, line, config = estimate(loaded, "--num-generations", "16", "--max-completion-length", "64")
@@ -67,12 +67,12 @@ def test_less_memory_means_one_question_at_a_time_and_then_ever_fewer_rows_recom
 
 
 def test_flags_that_are_given_are_kept(loaded, monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda device: 64e9)
+    monkeypatch.setattr("support.memory.free_memory", lambda device: 64e9)
     _, _, config = estimate(loaded, "--micro-batch", "3")
     assert (config.gradient_checkpointing, config.micro_batch) == (False, 3)
     _, _, config = estimate(loaded, "--gradient-checkpointing", "True")
     assert (config.gradient_checkpointing, config.micro_batch, loaded[0].recompute_rows) == (True, 16, 16)
-    monkeypatch.setattr(memory, "free_memory", lambda device: 1e6)
+    monkeypatch.setattr("support.memory.free_memory", lambda device: 1e6)
     with pytest.raises(InputError, match="it does not fit"):
         estimate(loaded, "--gradient-checkpointing", "False")
     _, line, config = estimate(loaded, "--gradient-checkpointing", "False", "--micro-batch", "5")
@@ -81,7 +81,7 @@ def test_flags_that_are_given_are_kept(loaded, monkeypatch):
 
 
 def test_what_cannot_fit_ends_with_one_line_and_status_2_before_anything_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "free_memory", lambda device: 1e6)
+    monkeypatch.setattr("support.memory.free_memory", lambda device: 1e6)
     folder = tmp_path / "run"
     assert train.main(["--principles", PRINCIPLES, *SMALL, "--output-dir", str(folder)]) == 2
     error = capsys.readouterr().err
@@ -89,14 +89,14 @@ def test_what_cannot_fit_ends_with_one_line_and_status_2_before_anything_is_writ
 
 
 def test_where_the_free_memory_is_unknown_the_estimate_is_told_and_nothing_is_refused(loaded, monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda device: None)
+    monkeypatch.setattr("support.memory.free_memory", lambda device: None)
     parts, line, config = estimate(loaded)
     assert (config.gradient_checkpointing, config.micro_batch) == (False, 16)
     assert line.startswith("memory: about") and "free" not in line
 
 
 def test_the_estimate_counts_what_it_says(loaded, monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda device: 64e9)
+    monkeypatch.setattr("support.memory.free_memory", lambda device: 64e9)
     size = sum(p.numel() for p in loaded[0].parameters())
     parts, _, _ = estimate(loaded)
     assert [parts[name] for name in ("weights", "reference", "optimiser", "gradient")] == [
@@ -122,7 +122,7 @@ def test_a_row_and_a_token_keep_what_torch_keeps_of_a_whole_batch(loaded):
 
     tokens = torch.ones(2, 12, 16, dtype=torch.long)  # [P, N, T]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
-        policy.token_states(model, prompts, tokens, torch.ones_like(tokens).bool())
+        token_states(model, prompts, tokens, torch.ones_like(tokens).bool())
     whole = sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
     assert texts.token * texts.tokens(2) + 24 * texts.row == pytest.approx(whole, rel=0.05)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import metrics
-import settings
 import si
-import tiny
 import train
+from support import settings, tiny
+from support.answers import _numbers, answer_is_right
 
 
 def channel(num, letters, sharpness=1.5, seed=0):
@@ -187,7 +187,7 @@ def test_scores_that_are_not_finite_are_refused():
     ],
 )
 def test_what_counts_as_right(text, answer, right):
-    assert metrics.answer_is_right(text, answer) == right
+    assert answer_is_right(text, answer) == right
 
 
 @pytest.mark.parametrize(
@@ -206,8 +206,8 @@ def test_what_counts_as_right(text, answer, right):
     ],
 )
 def test_numbers_are_compared_by_value_however_written(said, answer, right):
-    assert metrics.answer_is_right(f"<answer>{said}</answer>", answer) == right, (
-        f"{metrics._numbers(said)} said, {metrics._numbers(answer)} expected")
+    assert answer_is_right(f"<answer>{said}</answer>", answer) == right, (
+        f"{_numbers(said)} said, {_numbers(answer)} expected")
 
 
 @pytest.mark.parametrize("value", [-0.087, 1e-300, 1e150, 0.0])

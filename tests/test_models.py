@@ -24,13 +24,16 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-import checkpoint
-import data
-import policy
-import tiny
 import train
-from data import InputError, Question, load_questions
-from run import Step
+from support import prefix, sampling, tiny
+from support.errors import InputError
+from support.files import Question, load_questions
+from support.model import add_lora, check_model, load_model, save_model
+from support.prefix import head
+from support.prompts import build_messages, encode_prompts, prompt_limit
+from support.run import Step
+from support.sampling import uniform_numbers
+from support.scoring import hidden_states, log_probs
 
 ROOT = Path(__file__).resolve().parent.parent
 PRINCIPLES = str(ROOT / "principles" / "reasoning.txt")
@@ -45,7 +48,7 @@ SMALL = (
 def no_plot():
     """Drawing one takes longer than a small run; test_run.py does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "write_plot", lambda *_: None)
+        patch.setattr("support.run.write_plot", lambda *_: None)
         yield
 
 
@@ -118,7 +121,7 @@ def test_named_fields_and_cells_without_a_value(tmp_path):
 
 
 def test_a_hub_set_is_streamed_shuffled_and_read_no_further_than_needed(hub_like, monkeypatch):
-    monkeypatch.setattr(data, "SHUFFLE_BUFFER", 20)
+    monkeypatch.setattr("support.files.SHUFFLE_BUFFER", 20)
     taken = load_questions(hub_like, config="main", limit=10, seed=0)
     assert len(set(taken)) == 10 and taken == load_questions(hub_like, config="main", limit=10, seed=0)
     assert taken != load_questions(hub_like, config="main", limit=10, seed=1)
@@ -138,7 +141,7 @@ def test_a_hub_set_is_not_downloaded_to_take_a_few_rows(hub_like, monkeypatch):
         return rows.map(lambda row: read.append(1) or row)
 
     monkeypatch.setattr(datasets, "load_dataset", counted)
-    monkeypatch.setattr(data, "SHUFFLE_BUFFER", 5)
+    monkeypatch.setattr("support.files.SHUFFLE_BUFFER", 5)
     load_questions(hub_like, config="main", limit=10)
     assert 10 <= len(read) < 100
 
@@ -160,7 +163,7 @@ def test_rows_of_a_hub_set_that_forge_a_turn_are_left_out_and_told(tmp_path, cap
     rows = [*GSM8K[:20], {"question": "a <|user|> b", "answer": "1"}, {"question": "word " * 600, "answer": "1"}]
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
-    model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    model, tokenizer = load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
     config = train.parse(["--principles", PRINCIPLES, *SMALL, "--dataset", str(tmp_path / "set"), "--max-steps", "20"])
     read = train.load_data(model, tokenizer, config)
     assert {q.text for q in read.questions + read.held_out} == {row["question"] for row in GSM8K[:20]}
@@ -232,17 +235,17 @@ def test_an_architecture_goes_through_the_whole_of_training(name, tmp_path):
 
 
 def test_without_a_dataset_the_run_says_whose_questions_a_model_is_trained_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tiny, "make_questions", lambda *_: [Question("1 + 1?", "2")])
+    monkeypatch.setattr("support.tiny.make_questions", lambda *_: [Question("1 + 1?", "2")])
     folder = write_model(tmp_path, "qwen-3")
     config = train.parse(["--principles", PRINCIPLES, "--model", folder])
-    train.load_data(*policy.load_model(folder, torch.device("cpu")), config)
+    train.load_data(*load_model(folder, torch.device("cpu")), config)
     assert f"--model {folder} without --dataset: the questions are the embedded task's" in capsys.readouterr().out
 
 
 def test_a_model_without_a_chat_template_gets_a_plain_one_and_says_so(tmp_path, capsys):
-    _, tokenizer = policy.load_model(write_model(tmp_path, "smollm-2", chat_template=False), torch.device("cpu"))
+    _, tokenizer = load_model(write_model(tmp_path, "smollm-2", chat_template=False), torch.device("cpu"))
     assert capsys.readouterr().out.count("no chat template") == 1
-    (ids,) = data.encode_prompts(tokenizer, [data.build_messages("2 + 3?", "Be brief.")])
+    (ids,) = encode_prompts(tokenizer, [build_messages("2 + 3?", "Be brief.")])
     text = tokenizer.decode(ids)
     assert text.startswith("User: 2 + 3?") and text.endswith("\n\nAssistant:"), text
 
@@ -321,8 +324,8 @@ def largest_error(model, prompts, lengths):
     tokens = torch.randint(5, 500, (len(prompts), 2, 8), generator=torch.Generator().manual_seed(1))  # [P, N, T]
     mask = torch.arange(8) < torch.tensor(lengths)[..., None]  # [P, N, T]
     with torch.no_grad():
-        hidden = policy.hidden_states(model, prompts, tokens, mask)  # [P, N, T, d]
-        ours = policy.log_probs(model, hidden, tokens, mask, 1.0)  # [P, N, T]
+        hidden = hidden_states(model, prompts, tokens, mask)  # [P, N, T, d]
+        ours = log_probs(model, hidden, tokens, mask, 1.0)  # [P, N, T]
         worst = 0.0
         for (p, n), length in np.ndenumerate(lengths):
             written = tokens[p, n, :length]  # [length]
@@ -335,7 +338,7 @@ def largest_error(model, prompts, lengths):
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_an_accepted_architecture_scores_as_its_plain_forward(name, tokenizer_folder, tmp_path):
     """Two prompts of different lengths together, two completions each; one prompt past every window of the table."""
-    model, _ = policy.load_model(write_any_model(name, ACCEPTED[name], tokenizer_folder, tmp_path), torch.device("cpu"))
+    model, _ = load_model(write_any_model(name, ACCEPTED[name], tokenizer_folder, tmp_path), torch.device("cpu"))
     error = largest_error(model, [[1, *range(20, 61)], [1, 50, 60, 70]], [[6, 3], [2, 8]])
     assert error < 1e-4, f"accepted, and {error:.1g} nats from the plain forward"
 
@@ -344,7 +347,7 @@ def test_an_accepted_architecture_scores_as_its_plain_forward(name, tokenizer_fo
 def test_an_architecture_that_would_be_scored_wrongly_is_refused_in_a_line(name, tokenizer_folder, tmp_path):
     folder = write_any_model(name, REFUSED[name], tokenizer_folder, tmp_path)
     with pytest.raises(InputError) as caught:
-        policy.load_model(folder, torch.device("cpu"))
+        load_model(folder, torch.device("cpu"))
     message = str(caught.value)
     assert message.startswith(f"--model: {folder}: ") and message.endswith("in safetensors is accepted"), message
     assert len(message.splitlines()) == 1
@@ -356,27 +359,27 @@ SHORT = dict(max_position_embeddings=40, n_positions=40, max_seq_len=40, max_tar
 @pytest.mark.parametrize("name", "gpt2 opt mpt gptj gpt_neo gpt_bigcode codegen ctrl biogpt xglm llama whisper".split())
 def test_a_prompt_that_fills_the_context_works_and_one_token_more_is_refused(name, tokenizer_folder, tmp_path):
     """Learned positions end in an IndexError beyond it, so the limit must be found under every family's name for it."""
-    model, tokenizer = policy.load_model(write_any_model(name, ACCEPTED.get(name, {}) | SHORT, tokenizer_folder, tmp_path), torch.device("cpu"))
-    limit = policy.prompt_limit(model, 8)
+    model, tokenizer = load_model(write_any_model(name, ACCEPTED.get(name, {}) | SHORT, tokenizer_folder, tmp_path), torch.device("cpu"))
+    limit = prompt_limit(model, 8)
     assert limit == 32
     full = [1, *range(20, 20 + limit - 1)]
     assert largest_error(model, [full, full[:4]], [[8, 3], [2, 8]]) < 1e-4
-    uniform = policy.uniform_numbers(["a", "b"], 2, 8)  # [P, N, T]
-    assert policy.sample(model, [full, full[:4]], uniform, 1.0, [], 0).mask.all()
+    uniform = uniform_numbers(["a", "b"], 2, 8)  # [P, N, T]
+    assert sampling.sample(model, [full, full[:4]], uniform, 1.0, [], 0).mask.all()
     talk = [{"role": "user", "content": "word " * 30}]
-    length = len(data.encode_prompts(tokenizer, [talk])[0])
-    data.encode_prompts(tokenizer, [talk], length)
+    length = len(encode_prompts(tokenizer, [talk])[0])
+    encode_prompts(tokenizer, [talk], length)
     with pytest.raises(InputError, match=f"has {length} tokens; at most {length - 1} are accepted"):
-        data.encode_prompts(tokenizer, [talk], length - 1)
+        encode_prompts(tokenizer, [talk], length - 1)
 
 
 def test_a_window_is_tested_past_its_length(tokenizer_folder, tmp_path, monkeypatch):
     """A mask that forgets its window differs from the plain forward only beyond it."""
     folder = write_any_model("mistral", dict(sliding_window=24), tokenizer_folder, tmp_path)
-    model, _ = policy.load_model(folder, torch.device("cpu"))
-    forward = policy._forward
-    monkeypatch.setattr(policy, "_forward", lambda model, ids, shown, positions, cache: without_window(
-        model, lambda: forward(model, ids, shown, positions, cache)))
+    model, _ = load_model(folder, torch.device("cpu"))
+    original = prefix.forward
+    monkeypatch.setattr("support.prefix.forward", lambda model, ids, shown, positions, cache: without_window(
+        model, lambda: original(model, ids, shown, positions, cache)))
 
     def without_window(model, call):
         window, model.config.sliding_window = model.config.sliding_window, 1000
@@ -386,7 +389,7 @@ def test_a_window_is_tested_past_its_length(tokenizer_folder, tmp_path, monkeypa
             model.config.sliding_window = window
 
     with pytest.raises(ValueError, match="MistralForCausalLM gives other samples or scores"):
-        policy.check_model(model)
+        check_model(model)
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers
@@ -408,13 +411,13 @@ def write_tokenizer(folder, **changes):
 def test_a_pad_token_that_the_model_lacks_is_harmless_also_in_what_was_trained(tmp_path):
     folder = write_tokenizer(tmp_path / "a", special={"pad_token": "[PAD]"})
     assert transformers.AutoTokenizer.from_pretrained(folder).pad_token_id == 512, "as many as the model has tokens"
-    model, tokenizer = policy.load_model(folder, torch.device("cpu"))
+    model, tokenizer = load_model(folder, torch.device("cpu"))
     assert tokenizer.pad_token_id < 512
-    policy.save(model, tokenizer, tmp_path, "a card")
-    _, again = policy.load_model(str(tmp_path / "final"), torch.device("cpu"))
+    save_model(model, tokenizer, tmp_path, "a card")
+    _, again = load_model(str(tmp_path / "final"), torch.device("cpu"))
     assert again.pad_token_id == tokenizer.pad_token_id
     with pytest.raises(InputError, match="PAD"):  # it never reaches the model from a file either
-        data.encode_prompts(again, [[{"role": "user", "content": "a [PAD] b"}]])
+        encode_prompts(again, [[{"role": "user", "content": "a [PAD] b"}]])
 
 
 @pytest.mark.parametrize("changes", [
@@ -424,7 +427,7 @@ def test_a_pad_token_that_the_model_lacks_is_harmless_also_in_what_was_trained(t
 ])
 def test_tokens_that_the_model_lacks_and_a_text_can_hold_are_refused(changes, tmp_path):
     with pytest.raises(InputError, match=r"tokens that the model, with 512, has not, the first is '<"):
-        policy.load_model(write_tokenizer(tmp_path, **changes), torch.device("cpu"))
+        load_model(write_tokenizer(tmp_path, **changes), torch.device("cpu"))
 
 
 # ------------------------------------------------------------------------------------------------ precision and memory
@@ -452,7 +455,7 @@ def gradient(model, batch, config):
 @pytest.mark.parametrize("name", ["gemma-3", "llama-3.2"])
 @pytest.mark.parametrize("micro_batch", ["1", "3", "16"])
 def test_checkpointing_and_micro_batches_below_a_question_change_no_gradient(name, micro_batch, tmp_path):
-    model, tokenizer = policy.load_model(write_model(tmp_path, name), torch.device("cpu"))
+    model, tokenizer = load_model(write_model(tmp_path, name), torch.device("cpu"))
     model.double()
     start = copy.deepcopy(model)
     for parameter in start.parameters():
@@ -468,14 +471,14 @@ def test_checkpointing_and_micro_batches_below_a_question_change_no_gradient(nam
 
 def test_checkpointing_keeps_the_activations_of_micro_batch_completions_only(tmp_path):
     """What is saved for the backward pass, in bytes, does not grow with the completions of a question."""
-    model, tokenizer = policy.load_model(write_model(tmp_path, "llama-3.2"), torch.device("cpu"))
+    model, tokenizer = load_model(write_model(tmp_path, "llama-3.2"), torch.device("cpu"))
 
     def saved(generations, recompute):
         _, batch = make_batch(model, tokenizer, "--num-generations", generations)
         prompts = [prompt for row in batch.prompts for prompt in row]
         model.recompute_rows, seen = recompute, {}
         with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.data_ptr(), t), lambda t: t):
-            hidden = policy.hidden_states(model, prompts, batch.tokens.flatten(0, 1), batch.mask.flatten(0, 1))
+            hidden = hidden_states(model, prompts, batch.tokens.flatten(0, 1), batch.mask.flatten(0, 1))
         model.recompute_rows = None
         return sum(t.untyped_storage().nbytes() for t in seen.values()) / hidden.numel()
 
@@ -483,7 +486,7 @@ def test_checkpointing_keeps_the_activations_of_micro_batch_completions_only(tmp
 
 
 def test_bfloat16_changes_log_probs_little_and_leaves_them_float32(tmp_path):
-    model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    model, tokenizer = load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
     config, batch = make_batch(model, tokenizer, "--num-generations", "4")
     figures = []
     for bf16 in (False, True):
@@ -500,7 +503,7 @@ def test_bfloat16_changes_log_probs_little_and_leaves_them_float32(tmp_path):
 
 
 def test_bfloat16_with_checkpointing_has_the_gradient_it_has_without(tmp_path):
-    model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"), bf16=True)
+    model, tokenizer = load_model(str(tiny.MODEL_DIR), torch.device("cpu"), bf16=True)
     config, batch = make_batch(model, tokenizer, "--num-generations", "4", "--micro-batch", "3")
     whole, _ = gradient(model, batch, config)
     model.recompute_rows = 3
@@ -512,7 +515,7 @@ def test_bfloat16_with_checkpointing_has_the_gradient_it_has_without(tmp_path):
 @pytest.mark.parametrize("bias", [False, True])
 def test_log_probs_by_chunk_equal_the_definition(cap, bias, tmp_path):
     """Value and both gradients, with a softcap (Gemma-2) and with a bias in the head (Phi-2)."""
-    model, _ = policy.load_model(write_model(tmp_path, "qwen-3"), torch.device("cpu"))
+    model, _ = load_model(write_model(tmp_path, "qwen-3"), torch.device("cpu"))
     model.config.final_logit_softcapping = cap
     if bias:
         model.lm_head.bias = torch.nn.Parameter(torch.randn(512))
@@ -521,20 +524,20 @@ def test_log_probs_by_chunk_equal_the_definition(cap, bias, tmp_path):
     tokens, weights = torch.randint(512, (2, 3, 7)), torch.randn(2, 3, 7, dtype=torch.float64)  # [P, N, T] both
     mask = torch.rand(2, 3, 7) < 0.7  # [P, N, T]
     inputs, results = [hidden, *model.lm_head.parameters()], []
-    logits = policy.head(model, 9 * hidden) / 0.7  # [P, N, T, V]
+    logits = head(model, 9 * hidden) / 0.7  # [P, N, T, V]
     plain = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0] * mask  # [P, N, T]
-    for logp in (plain, *(policy.log_probs(model, 9 * hidden, tokens, mask, 0.7, n * 512) for n in (1, 8, 99))):
+    for logp in (plain, *(log_probs(model, 9 * hidden, tokens, mask, 0.7, n * 512) for n in (1, 8, 99))):
         results.append([logp, *torch.autograd.grad((logp * weights).sum(), inputs)])
     for ours in results[1:]:
         torch.testing.assert_close(ours, results[0], rtol=1e-9, atol=1e-12)
 
 
 def test_bfloat16_log_probs_by_chunk_are_those_of_one_chunk():
-    model, _ = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"), bf16=True)
+    model, _ = load_model(str(tiny.MODEL_DIR), torch.device("cpu"), bf16=True)
     hidden, tokens = torch.randn(64, 128, requires_grad=True), torch.randint(512, (64,))  # [M, d], [M]
     results = []
     for chunk in (64 * 512, 8 * 512):
-        logp = policy.log_probs(model, hidden, tokens, torch.ones(64, dtype=torch.bool), 1.0, chunk)  # [M]
+        logp = log_probs(model, hidden, tokens, torch.ones(64, dtype=torch.bool), 1.0, chunk)  # [M]
         results.append([logp, *torch.autograd.grad(logp.square().sum(), [hidden, model.lm_head.weight])])
     assert all(t.dtype == torch.float32 for t in results[1])
     for a, b in zip(*results, strict=True):
@@ -575,8 +578,8 @@ def test_bfloat16_is_the_default_where_the_processor_has_it_but_not_for_the_embe
 @needs_peft
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_reference_of_lora_is_the_policy_at_the_start_and_only_adapters_train(bf16):
-    model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"), bf16=bf16)
-    model = policy.add_lora(model, 4, seed=0)
+    model, tokenizer = load_model(str(tiny.MODEL_DIR), torch.device("cpu"), bf16=bf16)
+    model = add_lora(model, 4, seed=0)
     assert not any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules()), "dropout is on"
     assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.float32}
     config, batch = make_batch(model, tokenizer, "--lambda-mi", "0.1", "--lambda-ot", "0.1")

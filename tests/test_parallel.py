@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import parallel
 import train
+from support import parallel
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = (
@@ -91,7 +91,7 @@ def test_a_process_that_dies_ends_the_other_with_the_reason(tmp_path):
         "    if parallel.rank() == 1:\n"
         "        os._exit(9)\n"
         "    parallel.total({'steps': 2})\n"
-        "sys.exit(run.outcome(command))\n"
+        "sys.exit(outcome(command))\n"
     )
     begun = time.time()
     process = start_two(script)
@@ -104,9 +104,9 @@ def test_a_process_that_dies_ends_the_other_with_the_reason(tmp_path):
 
 def test_parts_cover_everything_once(monkeypatch):
     for world in (1, 2, 3, 7):
-        monkeypatch.setattr(parallel, "world", lambda world=world: world)
+        monkeypatch.setattr("support.parallel.world", lambda world=world: world)
         parts = []
         for rank in range(world):
-            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr("support.parallel.rank", lambda rank=rank: rank)
             parts += list(range(10))[parallel.share(10)]
         assert parts == list(range(10))

@@ -14,8 +14,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import policy
-import tiny
+from support import answers, prefix, sampling, scoring, tiny
+from support.answers import cot_mask
+from support.model import check_model
+from support.prefix import RoomyLayer, _cache_name
+from support.prompts import eos_ids
+from support.sampling import uniform_numbers
+from support.scoring import hidden_states, log_probs, score_matrix
 
 SIZES = dict(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -60,8 +65,8 @@ def plain(model, tokens, mask):
 
 
 def score(model, tokens, mask, **kwargs):
-    hidden = policy.hidden_states(model, PROMPTS, tokens, mask, **kwargs)
-    return policy.log_probs(model, hidden, tokens, mask, TEMPERATURE)
+    hidden = hidden_states(model, PROMPTS, tokens, mask, **kwargs)
+    return log_probs(model, hidden, tokens, mask, TEMPERATURE)
 
 
 def gradients(model, value):
@@ -101,18 +106,18 @@ def test_a_common_beginning_changes_no_score(name):
     model, (tokens, mask) = make_model(name), make_completions()
     prompts = [list(range(20, 28)) + prompt[1:] for prompt in PROMPTS]
     with torch.no_grad():
-        together = policy.hidden_states(model, prompts, tokens, mask)  # [P, N, T, d]
-        alone = [policy.hidden_states(model, [p], t[None], m[None]) for p, t, m in zip(prompts, tokens, mask)]
+        together = hidden_states(model, prompts, tokens, mask)  # [P, N, T, d]
+        alone = [hidden_states(model, [p], t[None], m[None]) for p, t, m in zip(prompts, tokens, mask)]
     torch.testing.assert_close(together, torch.cat(alone))
 
 
 def test_chunked_log_probs_equal_unchunked_in_value_and_gradient():
     model, (tokens, mask) = make_model("llama"), make_completions()
-    hidden = policy.hidden_states(model, PROMPTS, tokens, mask).detach().requires_grad_()
+    hidden = hidden_states(model, PROMPTS, tokens, mask).detach().requires_grad_()
     results = []
     for logits_per_chunk in (1, 7 * 96, 2**24):
         hidden.grad = None
-        logp = policy.log_probs(model, hidden, tokens, mask, TEMPERATURE, logits_per_chunk)
+        logp = log_probs(model, hidden, tokens, mask, TEMPERATURE, logits_per_chunk)
         gradient = gradients(model, (logp * torch.arange(9)).sum())
         results.append((logp.detach(), hidden.grad.clone(), gradient))
     for other in results[1:]:
@@ -122,10 +127,10 @@ def test_chunked_log_probs_equal_unchunked_in_value_and_gradient():
 
 def test_a_head_that_is_more_than_a_matrix_is_refused():
     model, (tokens, mask) = make_model("llama"), make_completions()
-    hidden = policy.hidden_states(model, PROMPTS, tokens, mask)
+    hidden = hidden_states(model, PROMPTS, tokens, mask)
     model.lm_head = torch.nn.Sequential(model.lm_head)  # as an adapter around the head would be: its weight is not all
     with pytest.raises(ValueError, match="head is torch.nn.Linear, got Sequential"):
-        policy.log_probs(model, hidden, tokens, mask, TEMPERATURE)
+        log_probs(model, hidden, tokens, mask, TEMPERATURE)
 
 
 def test_masked_tokens_change_nothing():
@@ -140,17 +145,17 @@ def test_masked_tokens_change_nothing():
 
 def test_temperature_divides_the_logits():
     model, (tokens, mask) = make_model("llama"), make_completions()
-    hidden = policy.hidden_states(model, PROMPTS, tokens, mask)
-    logits = policy.head(model, hidden)
+    hidden = hidden_states(model, PROMPTS, tokens, mask)
+    logits = prefix.head(model, hidden)
     for temperature in (0.5, 1.0, 2.0):
         expected = (logits / temperature).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-        ours = policy.log_probs(model, hidden, tokens, mask, temperature)
+        ours = log_probs(model, hidden, tokens, mask, temperature)
         torch.testing.assert_close(ours[mask], expected[mask], rtol=1e-5, atol=1e-6)
 
 
 def sample(model, seed=0, prompts=PROMPTS, num=2, length=12, eos=(2,), temperature=1.0):
-    uniform = policy.uniform_numbers([f"{seed} {n}" for n in range(len(prompts))], num, length)  # [P, N, T]
-    return policy.sample(model, prompts, uniform, temperature, list(eos), 0)
+    uniform = uniform_numbers([f"{seed} {n}" for n in range(len(prompts))], num, length)  # [P, N, T]
+    return sampling.sample(model, prompts, uniform, temperature, list(eos), 0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
@@ -200,10 +205,10 @@ def test_any_end_token_ends_a_completion_and_counts_as_its_last_token():
 
 def test_a_sample_depends_on_its_prompt_and_its_numbers_not_on_the_batch():
     model = make_model("gemma3")  # float64: rounding, which does depend on the batch, cannot move a token
-    uniform = policy.uniform_numbers([f"prompt {p}" for p in range(len(PROMPTS))], 5, 20)  # [P, N, T]
-    together = policy.sample(model, PROMPTS, uniform, 1.0, [2, 50, 51], 0)
+    uniform = uniform_numbers([f"prompt {p}" for p in range(len(PROMPTS))], 5, 20)  # [P, N, T]
+    together = sampling.sample(model, PROMPTS, uniform, 1.0, [2, 50, 51], 0)
     for p, prompt in enumerate(PROMPTS):
-        alone = policy.sample(model, [prompt], policy.uniform_numbers([f"prompt {p}"], 5, 20), 1.0, [2, 50, 51], 0)
+        alone = sampling.sample(model, [prompt], uniform_numbers([f"prompt {p}"], 5, 20), 1.0, [2, 50, 51], 0)
         width = alone.tokens.shape[-1]
         assert torch.equal(together.tokens[p, :, :width], alone.tokens[0])
         assert torch.equal(together.mask[p, :, :width], alone.mask[0]) and not together.mask[p, :, width:].any()
@@ -211,7 +216,7 @@ def test_a_sample_depends_on_its_prompt_and_its_numbers_not_on_the_batch():
 
 def test_decoding_in_bfloat16_keeps_the_cache_in_it(monkeypatch):
     """The library's cache promotes bfloat16 values to the float32 of rotated keys; attention rounds both again."""
-    model, seen, update = make_model("gemma3", torch.float32), set(), policy._RoomyLayer.update
+    model, seen, update = make_model("gemma3", torch.float32), set(), RoomyLayer.update
     model.bf16 = True
 
     def spy(self, *args, **kwargs):
@@ -219,12 +224,12 @@ def test_decoding_in_bfloat16_keeps_the_cache_in_it(monkeypatch):
         seen.update(states.dtype for states in out)
         return out
 
-    monkeypatch.setattr(policy._RoomyLayer, "update", spy)
-    uniform = policy.uniform_numbers(["a", "b", "c"], 16, 12)  # [P, N, T]
-    coarse = policy.sample(model, PROMPTS, uniform, 1.0, [2], 0)
+    monkeypatch.setattr(RoomyLayer, "update", spy)
+    uniform = uniform_numbers(["a", "b", "c"], 16, 12)  # [P, N, T]
+    coarse = sampling.sample(model, PROMPTS, uniform, 1.0, [2], 0)
     assert seen == {torch.bfloat16}
     model.bf16 = False
-    fine = policy.sample(model, PROMPTS, uniform, 1.0, [2], 0)
+    fine = sampling.sample(model, PROMPTS, uniform, 1.0, [2], 0)
     assert (coarse.tokens[..., 0] == fine.tokens[..., 0]).float().mean() > 0.9
 
 
@@ -235,7 +240,7 @@ def test_sampling_never_takes_a_token_of_probability_zero():
     bias = torch.zeros(96).index_fill(0, torch.tensor([0, 1, 95]), -torch.inf)  # [V]
     head.register_forward_hook(lambda module, inputs, logits: logits + bias)
     uniform = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)[None, :, None]  # [1, 2, 1]
-    assert policy.sample(model, PROMPTS[:1], uniform, 1.0, [2], 0).tokens.flatten().tolist() == [2, 94]
+    assert sampling.sample(model, PROMPTS[:1], uniform, 1.0, [2], 0).tokens.flatten().tolist() == [2, 94]
 
 
 def test_same_seed_same_samples():
@@ -254,8 +259,8 @@ def test_sampled_log_probs_are_the_exact_log_probability_of_the_text():
     mask[0, :, 1] = pairs[:, 0] != 2  # after the end token nothing follows
     keep = mask[0, :, 1] | (pairs[:, 1] == 0)
     with torch.no_grad():
-        hidden = policy.hidden_states(model, PROMPTS[:1], tokens[:, keep], mask[:, keep], rows_per_forward=4096)
-        logp = policy.log_probs(model, hidden, tokens[:, keep], mask[:, keep], 1.0)
+        hidden = hidden_states(model, PROMPTS[:1], tokens[:, keep], mask[:, keep], rows_per_forward=4096)
+        logp = log_probs(model, hidden, tokens[:, keep], mask[:, keep], 1.0)
     assert math.isclose(logp.sum(-1).exp().sum().item(), 1.0, rel_tol=1e-5)
 
 
@@ -274,34 +279,34 @@ def test_the_chain_of_thought_ends_with_its_tag(text, cot):
     for pad in (0, 3):
         ids = torch.tensor([tiny.encode(tokenizer, text) + [0] * pad])  # [1, T]
         mask = torch.arange(ids.shape[1])[None] < ids.shape[1] - pad  # [1, T]
-        span = policy.cot_mask(tokenizer, ids, mask)
+        span = cot_mask(tokenizer, ids, mask)
         assert tokenizer.decode(ids[span]) == cot
-    empty = policy.cot_mask(tokenizer, ids, torch.zeros_like(mask))
+    empty = cot_mask(tokenizer, ids, torch.zeros_like(mask))
     assert not empty.any()
 
 
 def test_a_tag_of_several_tokens_ends_the_span_with_its_last_token():
     tokenizer = tiny.make_tokenizer()
     ids = torch.tensor([[t for c in "ab</reasoning>c" for t in tiny.encode(tokenizer, c)]])  # [1, T] one a character
-    span = policy.cot_mask(tokenizer, ids, torch.ones_like(ids, dtype=torch.bool))
+    span = cot_mask(tokenizer, ids, torch.ones_like(ids, dtype=torch.bool))
     assert tokenizer.decode(ids[span]) == "ab</reasoning>"
 
 
 def test_end_tokens_come_from_generation_config_tokenizer_and_template():
     model, tokenizer = make_model("llama"), tiny.make_tokenizer()
     model.generation_config.eos_token_id = [1, 90]
-    assert policy.eos_ids(model, tokenizer) == sorted({1, 90, tokenizer.eos_token_id})
+    assert eos_ids(model, tokenizer) == sorted({1, 90, tokenizer.eos_token_id})
     model.generation_config.eos_token_id = None
-    assert policy.eos_ids(model, tokenizer) == [tokenizer.eos_token_id]
+    assert eos_ids(model, tokenizer) == [tokenizer.eos_token_id]
     # as in models whose base lists <eos> alone, and whose turns end with another token
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}"
     turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert policy.eos_ids(model, tokenizer) == sorted({tokenizer.eos_token_id, turn_end})
+    assert eos_ids(model, tokenizer) == sorted({tokenizer.eos_token_id, turn_end})
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} and a word{% endfor %}"
-    assert policy.eos_ids(model, tokenizer) == [tokenizer.eos_token_id], "what follows the text is no control token"
+    assert eos_ids(model, tokenizer) == [tokenizer.eos_token_id], "what follows the text is no control token"
     tokenizer.chat_template = "{{ raise_exception('no assistant') }}"
-    assert policy.eos_ids(model, tokenizer) == [tokenizer.eos_token_id]
+    assert eos_ids(model, tokenizer) == [tokenizer.eos_token_id]
 
 
 def test_a_text_loses_its_end_token_and_nothing_else():
@@ -317,21 +322,21 @@ def test_a_text_loses_its_end_token_and_nothing_else():
         tokens[n // 3, n % 3, : len(row)] = torch.tensor(row, dtype=torch.long)
         mask[n // 3, n % 3, : len(row)] = True
     pad, user, eos_text = (tokenizer.convert_ids_to_tokens(t) for t in (pad, user, eos))
-    assert policy.decode(tokenizer, tokens, mask, [eos]) == [
+    assert answers.decode(tokenizer, tokens, mask, [eos]) == [
         [answer, answer, answer + pad], [answer + user * 3, answer + eos_text, ""]
     ]
 
 
 def test_the_cache_goes_in_under_the_name_that_the_library_has_for_it(recwarn):
     kind = type(make_model("llama").get_decoder())
-    assert policy._cache_name(kind) in inspect.signature(kind.forward).parameters
+    assert _cache_name(kind) in inspect.signature(kind.forward).parameters
     sample(make_model("llama"))
     assert not [w for w in recwarn if "past_key_values" in str(w.message)]
 
 
 def test_a_model_that_scales_its_logits_unknown_to_us_is_refused():
     model = make_model("llama", torch.float32)
-    policy.check_model(model)
+    check_model(model)
     forward = model.forward
 
     def scaled(*args, **kwargs):
@@ -341,22 +346,22 @@ def test_a_model_that_scales_its_logits_unknown_to_us_is_refused():
 
     model.forward = scaled
     with pytest.raises(ValueError, match="LlamaForCausalLM gives other samples or scores .* by [0-9.]+ nats"):
-        policy.check_model(model)
+        check_model(model)
 
 
 def test_softcapped_logits_are_capped():
     model = make_model("gemma3", torch.float32)
     model.config.final_logit_softcapping = 0.5
-    policy.check_model(model)
+    check_model(model)
     hidden = torch.randn(5, 32) * 100
-    assert policy.head(model, hidden).abs().max() <= 0.5
+    assert prefix.head(model, hidden).abs().max() <= 0.5
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 9), (3, 9), (3, 2, 1, 9)])
 def test_shapes_are_checked(shape):
     model = make_model("llama", torch.float32)
     with pytest.raises(ValueError, match=r"expected tokens and mask \[P=3, N, T\]"):
-        policy.hidden_states(model, PROMPTS, torch.ones(shape).long(), torch.ones(shape).bool())
+        hidden_states(model, PROMPTS, torch.ones(shape).long(), torch.ones(shape).bool())
 
 
 @torch.no_grad()
@@ -368,14 +373,14 @@ def test_states_of_the_cloud_alone_are_those_of_the_whole_reading_and_cost_fewer
     cloud = torch.tensor([[2, 0, 18], [1, 23, 11]])  # [Q, n] into K·G·T = 36; 23 and 11 are off the mask
     states = {}
     for own_logp in (False, True):
-        read, token_states = [], policy.token_states
+        read, token_states = [], scoring.token_states
 
         def counted(*arguments, read=read, token_states=token_states):
             read.append(arguments[3].sum())
             return token_states(*arguments)
 
-        monkeypatch.setattr(policy, "token_states", counted)
-        states[own_logp] = policy.score_matrix(model, prompts, tokens, mask, mask, 1.0, 0, cloud, own_logp)[1]
+        monkeypatch.setattr("support.scoring.token_states", counted)
+        states[own_logp] = score_matrix(model, prompts, tokens, mask, mask, 1.0, 0, cloud, own_logp)[1]
         monkeypatch.undo()
         assert read == [48 if own_logp else 3 + 1 + 2]
     torch.testing.assert_close(states[False], states[True])

@@ -10,14 +10,22 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-import policy
-import preferences
-import settings
-import tiny
 import train
-from data import InputError, encode_preferences, load_preferences
-from metrics import answer_is_right
-from run import Step
+from support import settings, tiny
+from support.answers import answer_is_right
+from support.errors import InputError
+from support.model import load_model
+from support.preferences import (
+    encode_pairs,
+    encode_preferences,
+    evaluate_pairs,
+    load_preferences,
+    pair_logp,
+    preference_loss,
+    with_reference,
+)
+from support.prompts import turn_end
+from support.run import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "2 + 3?"), ("assistant", "5"), ("assistant", "6")))
@@ -38,7 +46,7 @@ def step(model, optimizer, pairs, config):
 
 @pytest.fixture(scope="module")
 def tiny_model():
-    return policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    return load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
 
 
 def write(tmp_path, *rows):
@@ -169,7 +177,7 @@ def test_chosen_reasons_rightly_and_rejected_does_not():
 def test_tokens_are_the_responses_and_their_end(tiny_model):
     model, tokenizer = tiny_model
     rows = tiny.make_pairs(5, True)
-    pairs = preferences.encode_pairs(model, tokenizer, rows)
+    pairs = encode_pairs(model, tokenizer, rows)
     for p, row in enumerate(rows):
         for side, text in enumerate((row.chosen, row.rejected)):
             assert tokenizer.decode(pairs.tokens[p, side][pairs.mask[p, side]]) == text + tokenizer.eos_token
@@ -218,25 +226,25 @@ def test_a_token_across_the_seam_belongs_to_the_responses(tmp_path):
 
 def test_the_turn_ends_with_the_templates_own_token(tiny_model):
     model, tokenizer = copy.deepcopy(tiny_model)
-    assert preferences.turn_end(model, tokenizer) == tokenizer.eos_token_id
+    assert turn_end(model, tokenizer) == tokenizer.eos_token_id
     user = tokenizer.convert_tokens_to_ids("<|user|>")
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, user]
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '<|user|>' }}{% endfor %}"
-    assert preferences.turn_end(model, tokenizer) == user, "Gemma-3 ends a turn with <end_of_turn>, not with its eos"
+    assert turn_end(model, tokenizer) == user, "Gemma-3 ends a turn with <end_of_turn>, not with its eos"
 
 
 def test_pair_logp_is_the_plain_forward_at_the_temperature(tiny_model):
     model, tokenizer = tiny_model
-    pairs = preferences.encode_pairs(model, tokenizer, tiny.make_pairs(3, True))
+    pairs = encode_pairs(model, tokenizer, tiny.make_pairs(3, True))
     with torch.no_grad():
-        ours = preferences.pair_logp(model, pairs, 0.7)  # [P, 2]
+        ours = pair_logp(model, pairs, 0.7)  # [P, 2]
         for p, prompt in enumerate(pairs.prompts):
             for side in range(2):
                 ids = pairs.tokens[p, side][pairs.mask[p, side]]  # [T']
                 logits = model(torch.tensor([prompt + ids.tolist()])).logits[0] / 0.7
                 steps = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, ids[:, None])
                 assert math.isclose(ours[p, side], steps.sum(), rel_tol=1e-4), "chosen and rejected swapped, or shifted?"
-    kept = preferences.with_reference(model, pairs, 0.7).ref_logp
+    kept = with_reference(model, pairs, 0.7).ref_logp
     torch.testing.assert_close(kept, ours, rtol=1e-5, atol=1e-4)
 
 
@@ -244,9 +252,9 @@ def test_pair_logp_is_the_plain_forward_at_the_temperature(tiny_model):
 def test_the_loss_at_the_start(tiny_model, name, at_start, chosen_pull):
     model, tokenizer = tiny_model
     config = configured(preference_loss=name)
-    pairs = preferences.encode_pairs(model, tokenizer, tiny.make_pairs(4, True))
-    pairs = preferences.with_reference(model, pairs, 1.0)
-    loss, stats = preferences.preference_loss(model, pairs, config)
+    pairs = encode_pairs(model, tokenizer, tiny.make_pairs(4, True))
+    pairs = with_reference(model, pairs, 1.0)
+    loss, stats = preference_loss(model, pairs, config)
     assert math.isclose(loss.item(), at_start, abs_tol=1e-3)
     assert math.isclose(stats["pair_weight_rejected"], chosen_pull, rel_tol=1e-3), "beta does not reach the loss"
 
@@ -260,7 +268,7 @@ FLAGS = "--num-pairs 6 --max-steps 3 --eval-questions 4 --eval-steps 1 --warmup-
 def test_accumulation_over_pairs_changes_nothing(tiny_model):
     model, tokenizer = copy.deepcopy(tiny_model)
     model.double()
-    pairs = preferences.with_reference(model, preferences.encode_pairs(model, tokenizer, tiny.make_pairs(10, False)), 1.0)
+    pairs = with_reference(model, encode_pairs(model, tokenizer, tiny.make_pairs(10, False)), 1.0)
     gradients = []
     for size in (4, 1):
         config = configured(micro_batch=size, max_grad_norm=1e9)
@@ -292,14 +300,14 @@ def test_a_run_on_pairs_alone(tmp_path):
 @pytest.mark.parametrize("loss", ["infopo", "dpo"])
 def test_a_short_training_prefers_the_chosen(tiny_model, loss):
     model, tokenizer = copy.deepcopy(tiny_model)
-    pairs = preferences.with_reference(model, preferences.encode_pairs(model, tokenizer, tiny.make_pairs(192, False)), 1.0)
+    pairs = with_reference(model, encode_pairs(model, tokenizer, tiny.make_pairs(192, False)), 1.0)
     config = configured(preference_loss=loss)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
     margins = [step(model, optimizer, pairs[16 * s : 16 * s + 16], config)["pair_margin"] for s in range(12)]
-    held_out = preferences.with_reference(
-        tiny_model[0], preferences.encode_pairs(model, tokenizer, tiny.make_pairs(32, True)), 1.0
+    held_out = with_reference(
+        tiny_model[0], encode_pairs(model, tokenizer, tiny.make_pairs(32, True)), 1.0
     )
-    values, _ = preferences.evaluate_pairs(model, tokenizer, held_out, config, keys=None)
+    values, _ = evaluate_pairs(model, tokenizer, held_out, config, keys=None)
     assert abs(margins[0]) < 1e-3 and values["pair_logratio_margin"].mean() > 0.5, f"chosen and rejected swapped? {margins}"
 
 

@@ -11,9 +11,9 @@ import torch
 
 import geometry
 import si
-import tiny
 import train
 from grpo import grpo_loss
+from support import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,8 +51,8 @@ def test_every_place_named_in_the_code_exists():
 
 
 def test_every_file_they_name_exists():
-    names = set(re.findall(r"(?<![\w/.~-])(?:(?:assets|benchmarks|docs|principles|tests|tiny-model)/)?[\w-]+\.py\b", ALL))
-    names |= set(re.findall(r"(?<![\w/.~-])(?:assets|benchmarks|docs|principles|tests|tiny-model)/[\w-]+\.\w+", ALL))
+    names = set(re.findall(r"(?<![\w/.~-])(?:(?:benchmarks|experiments|support|docs|principles|tests|tiny-model)/)?[\w-]+\.py\b", ALL))
+    names |= set(re.findall(r"(?<![\w/.~-])(?:benchmarks|experiments|support|docs|principles|tests|tiny-model)/[\w-]+\.\w+", ALL))
     assert len(names) > 30
     for name in names:
         assert (ROOT / name).is_file(), f"{name} is named, and not there"
@@ -81,7 +81,7 @@ def test_every_relative_link_resolves(page):
 
 
 def test_every_flag_they_name_is_a_flag():
-    common = "".join((ROOT / "benchmarks" / name).read_text(encoding="utf-8") for name in ("common.py", "real.py"))
+    common = "".join((ROOT / "experiments" / name).read_text(encoding="utf-8") for name in ("common.py", "real.py"))
     commands = re.findall(r"(?:python ((?:benchmarks/)?\w+\.py)|lm_eval|torchrun)\b([^`#\n]*(?:\n--[^`#\n]*)?)", ALL)
     rest = ALL
     for script, arguments in sorted(commands, key=lambda command: -len(command[1])):  # some are the start of others

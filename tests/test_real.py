@@ -4,9 +4,9 @@ import hashlib
 
 import pytest
 
-from benchmarks import real, smollm2
-from data import load_principles
-from policy import load_model
+from experiments import real, smollm2
+from support.files import load_principles
+from support.model import load_model
 
 SHOWS = {  # principle -> (a text that shows its mark, one that does not)
     "Number every step: 1., 2., 3.": ("1. Add 2 and 3.\n2. Name it.", "1.5 and 2.5 are 4."),
@@ -68,7 +68,7 @@ def test_the_default_folder_is_in_the_users_cache(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(
-    not smollm2.default_folder().exists(), reason="python benchmarks/smollm2.py has not been run: no SmolLM2"
+    not smollm2.default_folder().exists(), reason="python experiments/smollm2.py has not been run: no SmolLM2"
 )
 def test_lm_evals_log_likelihoods_are_those_of_a_plain_forward(monkeypatch):
     import torch

@@ -16,11 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-import policy
-import run as around
 import train
-from data import InputError
+from support import (
+    checkpoint,  # noqa: E402
+    files,  # noqa: E402
+)
+from support.errors import InputError  # noqa: E402
+from support.files import remove, sha256, written_whole  # noqa: E402
+from support.model import load_model  # noqa: E402
+from support.report import PATIENCE, signs_of_trouble  # noqa: E402
+from support.run import Run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = ROOT / "tests" / "questions.jsonl"  # a few: to check the embedded task's 4096 takes a second
@@ -43,7 +48,7 @@ def flags(tmp_path_factory):
 def no_plot():
     """Drawing one takes longer than a small run; test_run.py does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "write_plot", lambda *_: None)
+        patch.setattr("support.run.write_plot", lambda *_: None)
         yield
 
 
@@ -56,7 +61,7 @@ def never_stopped(flags, tmp_path_factory):
 
 def signals_after(step, *numbers):
     """Run.log, which then sends this process signals: they arrive in the middle of the loop."""
-    log = around.Run.log
+    log = Run.log
 
     def patched(run, done):
         log(run, done)
@@ -72,7 +77,7 @@ def stopped(flags, tmp_path_factory):
     """The same run, sent a SIGTERM in its third step."""
     run_dir = tmp_path_factory.mktemp("runs") / "stopped"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(around.Run, "log", signals_after(3, signal.SIGTERM))
+        patch.setattr(Run, "log", signals_after(3, signal.SIGTERM))
         with pytest.raises(SystemExit) as ended:
             train.main([*flags, "--output-dir", str(run_dir)])
     assert ended.value.code == 128 + signal.SIGTERM == 143
@@ -150,15 +155,15 @@ def test_a_kill_in_the_middle_of(function, place, left, flags, never_stopped, tm
 
 def twice_while_saving(flags):
     """In a process: a signal after step 2, and another one from within the saving that it asks for."""
-    around.Run.log = signals_after(2, signal.SIGINT)
-    sync = checkpoint.sync
+    Run.log = signals_after(2, signal.SIGINT)
+    sync = files.sync
 
     def patched(path):
         if "step_2" in str(path):
             os.kill(os.getpid(), signal.SIGINT)
         sync(path)
 
-    checkpoint.sync = patched
+    files.sync = patched
     kill.command(flags)
 
 
@@ -176,7 +181,7 @@ def test_ctrl_c_without_save_steps_saves_too_and_latest_finds_it(flags, tmp_path
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(around.Run, "log", signals_after(1, signal.SIGINT))
+        patch.setattr(Run, "log", signals_after(1, signal.SIGINT))
         with pytest.raises(SystemExit) as ended:
             train.main([*flags, "--save-steps", "0", "--output-dir", "runs/here"])
     assert ended.value.code == 130 and "python train.py --resume runs/here" in capsys.readouterr().err
@@ -190,7 +195,7 @@ def test_with_lora_only_the_adapters_are_stored_and_the_run_is_the_same(flags, t
     flags = [*flags, "--lora-rank", "2", "--max-steps", "2", "--eval-steps", "0", "--save-steps", "0"]
     assert train.main([*flags, "--output-dir", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(around.Run, "log", signals_after(1, signal.SIGTERM))
+        patch.setattr(Run, "log", signals_after(1, signal.SIGTERM))
         with pytest.raises(SystemExit):
             train.main([*flags, "--output-dir", str(tmp_path / "stopped")])
     stored = load_file(tmp_path / "stopped" / "checkpoints" / "step_1" / "model.safetensors")
@@ -232,16 +237,16 @@ def test_only_the_newest_are_kept_and_half_removed_ones_are_not_seen(tmp_path):
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step_10", "step_11"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a kill before anything is deleted
-        checkpoint.remove(tmp_path / "checkpoints" / "step_10")
+        remove(tmp_path / "checkpoints" / "step_10")
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step_11"]
 
 
 def test_a_directory_is_written_whole_or_not_at_all(tmp_path):
     for content in ("old", "new"):
-        with checkpoint.written_whole(tmp_path / "final") as aside:
+        with written_whole(tmp_path / "final") as aside:
             (aside / "file").write_text(content)
             assert (tmp_path / "final").exists() == (content == "new")
-    with pytest.raises(KeyboardInterrupt), checkpoint.written_whole(tmp_path / "final") as aside:
+    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "final") as aside:
         (aside / "file").write_text("half")
         raise KeyboardInterrupt
     assert names(tmp_path) == ["final"] and (tmp_path / "final" / "file").read_text() == "new"
@@ -304,7 +309,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(run):
 def test_a_pickle_with_the_right_checksum_is_never_run(run, capsys):
     path = run / "checkpoints" / "step_3"
     (path / "model.safetensors").write_bytes(pickle.dumps(Malicious()))
-    sums = [f"{checkpoint.sha256(path / name)}  {name}\n" for name in checkpoint.FILES]
+    sums = [f"{sha256(path / name)}  {name}\n" for name in checkpoint.FILES]
     (path / "SHA256SUMS").write_text("".join(sums))
     before = (run / "metrics.jsonl").read_bytes()
     assert train.main(["--resume", str(run)]) == 2
@@ -390,14 +395,14 @@ def test_a_setting_said_again_changes_the_run_from_there_on_and_is_recorded(run,
 
 
 def test_a_reference_that_has_changed_is_refused(run, monkeypatch, capsys):
-    load = policy.load_model
+    load = load_model
 
     def changed(*args):
         model, tokenizer = load(*args)
         next(model.parameters()).data.view(-1)[0] += 1e-3
         return model, tokenizer
 
-    monkeypatch.setattr(policy, "load_model", changed)
+    monkeypatch.setattr("support.model.load_model", changed)
     assert train.main(["--resume", str(run)]) == 2
     assert "--model: tiny has other weights" in one_line(capsys)
 
@@ -406,7 +411,7 @@ def test_ctrl_c_before_the_training_is_one_line(flags, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(policy, "load_model", interrupted)
+    monkeypatch.setattr("support.model.load_model", interrupted)
     assert train.main(flags) == 130 and capsys.readouterr().err.count("\n") == 1
 
 
@@ -454,9 +459,9 @@ def test_with_several_iterations_the_run_itself_leads_to_the_failure(flags, tmp_
 def test_what_goes_on_for_some_steps_is_said_once(stats, told, flags):
     config, streaks = train.parse(flags), Counter()
     good = {"reward": 0.5, "zero_variance_groups": 0.5, "truncated": 0.2, "sinkhorn_converged": 1.0}
-    for each in [stats] * (around.PATIENCE - 1) + [good] + [stats] * (around.PATIENCE - 1):
-        assert not around.signs_of_trouble(each, streaks, config), "not in a row"
-    (told_line,) = around.signs_of_trouble(stats, streaks, config)
+    for each in [stats] * (PATIENCE - 1) + [good] + [stats] * (PATIENCE - 1):
+        assert not signs_of_trouble(each, streaks, config), "not in a row"
+    (told_line,) = signs_of_trouble(stats, streaks, config)
     assert told in told_line
     for each in [stats] * 20 + [good] + [stats] * 20 + [{"pair_margin": 0.1}] * 20:
-        assert not around.signs_of_trouble(each, streaks, config), "said twice"
+        assert not signs_of_trouble(each, streaks, config), "said twice"

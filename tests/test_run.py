@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import data
-import run as around
-import settings
-import tiny
 import train
-from data import InputError
+from support import settings, tiny
+from support.data import Data
+from support.errors import InputError
+from support.files import load_principles
+from support.prompts import Form
+from support.run import Run, choose_directory, make_schedule, write_start
 
 ROOT = Path(__file__).resolve().parent.parent
 PRINCIPLES = str(ROOT / "principles" / "reasoning.txt")
@@ -45,18 +46,18 @@ def write_examples(tmp_path):
 
 def test_of_two_runs_in_one_directory_the_second_is_refused(tmp_path):
     configs = [train.parse(["--principles", PRINCIPLES, "--output-dir", str(tmp_path / "run"), "--seed", s]) for s in "01"]
-    both = [around.choose_directory(config) for config in configs]  # as two runs that start together do
-    empty = around.Data(data.load_principles(PRINCIPLES), [], [], None, None, [])
-    around.write_start(both[0], configs[0], empty, torch.device("cpu"))
+    both = [choose_directory(config) for config in configs]  # as two runs that start together do
+    empty = Data(load_principles(PRINCIPLES), [], [], None, None, [])
+    write_start(both[0], configs[0], empty, torch.device("cpu"))
     with pytest.raises(InputError, match="just been taken by another run"):
-        around.write_start(both[1], configs[1], empty, torch.device("cpu"))
+        write_start(both[1], configs[1], empty, torch.device("cpu"))
     assert json.loads((both[0] / "config.json").read_text())["settings"]["seed"] == 0
 
 
 def test_two_runs_without_a_directory_get_two():
     config, found = train.parse(["--principles", PRINCIPLES]), []
     for _ in range(3):
-        found.append(around.choose_directory(config))
+        found.append(choose_directory(config))
         time.sleep(0.002)
     assert len(set(found)) == 3 and {path.parent for path in found} == {Path("runs")}
 
@@ -89,7 +90,7 @@ def test_what_is_not_the_result_never_costs_it(lost, tmp_path, monkeypatch, caps
 def test_every_schedule_that_is_offered_can_be_made_and_stepped(name):
     config = train.parse(["--principles", PRINCIPLES, "--lr-scheduler-type", name])
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], config.learning_rate)
-    schedule = around.make_schedule(optimizer, config)
+    schedule = make_schedule(optimizer, config)
     optimizer.step()
     schedule.step()
     assert schedule.get_last_lr()[0] > 0
@@ -106,7 +107,7 @@ def test_a_schedule_that_cannot_be_made_is_refused_before_anything_is_written(tm
 def test_the_embedded_model_has_its_own_prompt_and_a_real_one_examples_and_a_prefill(tmp_path):
     own = train.parse(["--principles", PRINCIPLES]).form
     real = train.parse(["--principles", PRINCIPLES, "--model", "some/model"]).form
-    assert own == data.Form() and real.prefill == "<reasoning>" and len(real.examples) >= 1
+    assert own == Form() and real.prefill == "<reasoning>" and len(real.examples) >= 1
     assert train.parse(["--principles", PRINCIPLES, "--model", "m", "--examples", "none", "--prefill", "False"]).form == own
     given = train.parse(["--principles", PRINCIPLES, "--examples", write_examples(tmp_path), "--prefill"]).form
     assert [example.answer for example in given.examples] == ["2", "4"] and given.prefill == "<reasoning>"
@@ -146,7 +147,7 @@ def test_a_run_has_one_date(tmp_path, monkeypatch):
 
 def test_another_chat_template_is_refused_by_resume(tmp_path, monkeypatch, capsys):
     model = Path(shutil.copytree(tiny.MODEL_DIR, tmp_path / "model"))
-    monkeypatch.setattr(around.Run, "log", lambda run, step, log=around.Run.log: [log(run, step), run.signals.append(15)])
+    monkeypatch.setattr(Run, "log", lambda run, step, log=Run.log: [log(run, step), run.signals.append(15)])
     with pytest.raises(SystemExit):
         run(tmp_path, "--model", str(model))
     template = (model / "chat_template.jinja").read_text()
@@ -167,7 +168,7 @@ def test_an_evaluation_is_not_in_the_seconds_of_the_step_after_it(tmp_path, monk
         return evaluate(*arguments)
 
     monkeypatch.setattr(train, "evaluate", slow)
-    monkeypatch.setattr(around.time, "perf_counter", lambda: clock() + passed[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + passed[0])
     assert run(tmp_path) == 0
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps[0]["seconds_sampling"] < 500

@@ -15,13 +15,15 @@ import torch
 import transformers
 from test_metrics import channel, draw_scores
 
-import checkpoint
-import data
 import metrics
-import policy
 import si
-import tiny
-from settings import Parser
+from support import answers, tiny
+from support.files import load_principles, save_principles, write_numbers
+from support.model import load_model
+from support.prompts import build_messages, encode_prompts, eos_ids
+from support.report import write_plot
+from support.sampling import Completions
+from support.settings import Parser
 
 PRINCIPLES = str(tiny.MODEL_DIR.parent / "principles" / "reasoning.txt")
 FEW = ["--num-questions", "2", "--max-completion-length", "16"]  # with the first four principles: see `run`
@@ -29,7 +31,7 @@ FEW = ["--num-questions", "2", "--max-completion-length", "16"]  # with the firs
 
 @pytest.fixture(scope="module")
 def tiny_model():
-    return policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    return load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
 
 
 def config(*flags):
@@ -155,7 +157,7 @@ def test_scores_and_answers_equal_the_plain_forward(tiny_model):
     questions = tiny.make_questions(6, held_out=True)
     texts = [p.text for p in tiny.principles()[:3]]
     prompts = [
-        data.encode_prompts(tokenizer, [data.build_messages(q.text, text) for text in texts]) for q in questions
+        encode_prompts(tokenizer, [build_messages(q.text, text) for text in texts]) for q in questions
     ]
     answers = [q.answer for q in questions[:5]] + [None]
     chains = si.sample_chains(model, tokenizer, prompts, config("--max-completion-length", "40", "--temperature", "0.8", "--seed", "1"))
@@ -242,7 +244,7 @@ def test_what_is_cut_or_goes_on_after_the_answer_is_badly_formed(ending, truncat
     model, tokenizer = tiny_model
     text = "<reasoning>1 + 1 = 2.</reasoning><answer>2</answer>" + ending.format(end=tokenizer.eos_token)
     ids = torch.tensor(tiny.encode(tokenizer, text))  # [T]
-    written = policy.decode(tokenizer, ids, ids >= 0, policy.eos_ids(model, tokenizer))
+    written = answers.decode(tokenizer, ids, ids >= 0, eos_ids(model, tokenizer))
     chain = si.Chain(written, ids, ids, ids, True, truncated)
     tables = si.make_tables(tiny.make_questions(1, True), [[chain, chain]], torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), 2)
     assert tables["format"].tolist() == [[shaped, shaped]], written
@@ -264,7 +266,7 @@ def test_answer_gain_by_hand():
 
 def test_ranking_agrees_with_the_rates_of_the_task_and_negatives_are_apart(run, tmp_path, capsys):
     pool = tmp_path / "pool.jsonl"
-    data.save_principles(pool, tiny.principles())
+    save_principles(pool, tiny.principles())
     result = run("--principles", str(pool), "--num-questions", "24", "--seed", "0")
     ranked = [row["id"] for row in result["principles"]]
     built = sorted(tiny.STYLES, key=lambda name: -tiny.STYLES[name].rate)
@@ -293,9 +295,9 @@ def test_ranking_agrees_with_the_rates_of_the_task_and_negatives_are_apart(run, 
 def test_select_writes_a_file_that_training_takes(run, tmp_path, capsys):
     out = tmp_path / "best.jsonl"
     result = run(*FEW, "--select", "2", "--out", str(out))
-    chosen = data.load_principles(out)
+    chosen = load_principles(out)
     assert [p.id for p in chosen] == result["selection"]["ids"] and len(chosen) == 2
-    assert {p.text for p in chosen} <= {p.text for p in data.load_principles(run.pool)}
+    assert {p.text for p in chosen} <= {p.text for p in load_principles(run.pool)}
     seen = {f.name for f in tmp_path.iterdir()}
     plots = {"si.png"} if importlib.util.find_spec("matplotlib") else set()  # an optional package
     assert seen == {"pool.txt", "best.jsonl", "si.json", *plots}, "a file aside was left"
@@ -307,12 +309,12 @@ def test_out_without_select_holds_all_best_first_and_a_seed_repeats(run, tmp_pat
     questions.write_text("".join(json.dumps({"question": q.text}) + "\n" for q in tiny.make_questions(4, True)))
     one, two = (run(*FEW, "--dataset", str(questions), "--out", str(out)) for _ in range(2))
     assert one == two and one["questions"] == 2
-    assert [p.id for p in data.load_principles(out)] == [row["id"] for row in one["principles"]]
+    assert [p.id for p in load_principles(out)] == [row["id"] for row in one["principles"]]
     assert "accuracy" not in one["set"], "these questions have no answers"
 
 
 def test_a_pool_is_scored_against_sampled_negatives_and_selected_on_all_pairs(run, monkeypatch, capsys):
-    monkeypatch.setattr(si, "MAX_SCORED_ALL", 3)
+    monkeypatch.setattr("si.MAX_SCORED_ALL", 3)
     result = run(*FEW, "--select", "2")
     assert result["candidates"] == 3 and math.isclose(result["ceiling"], math.log(3)) and result["chance"] == 1 / 3
     assert len(result["pool"]) == 4 and set(result["selection"]["indices"]) <= set(result["pool"])
@@ -329,16 +331,16 @@ def test_an_interrupted_run_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
     monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_numbers(path, {"a": 1})
+        write_numbers(path, {"a": 1})
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     monkeypatch.undo()
-    checkpoint.write_numbers(path, {"a": math.nan, "b": [math.inf, 1.5]})
+    write_numbers(path, {"a": math.nan, "b": [math.inf, 1.5]})
     assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.5]}
 
 
 def test_a_missing_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert checkpoint.write_plot(tmp_path / "x.json", None) is None
+    assert write_plot(tmp_path / "x.json", None) is None
     assert capsys.readouterr().err == "no plot: pip install matplotlib\n" and not list(tmp_path.iterdir())
 
 
@@ -354,7 +356,7 @@ def test_a_plot_that_fails_is_one_line_and_leaves_nothing(fault, tmp_path, monke
     def draw(plt):
         return plt.figure()
 
-    assert checkpoint.write_plot(tmp_path / "x.json", draw) == tmp_path / "x.png" and (tmp_path / "x.png").exists()
+    assert write_plot(tmp_path / "x.json", draw) == tmp_path / "x.png" and (tmp_path / "x.png").exists()
     (tmp_path / "x.png").unlink()
     if fault == "no latex":
         monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
@@ -364,15 +366,15 @@ def test_a_plot_that_fails_is_one_line_and_leaves_nothing(fault, tmp_path, monke
         draw = broken
     else:
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", broken)
-    assert checkpoint.write_plot(tmp_path / "x.json", draw) is None and not list(tmp_path.iterdir())
+    assert write_plot(tmp_path / "x.json", draw) is None and not list(tmp_path.iterdir())
     error = capsys.readouterr().err
     assert error.startswith("no plot: ") and error.count("\n") == 1, error
 
 
 def test_results_stay_where_the_plot_fails(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(si, "_heat_map", broken)
+    monkeypatch.setattr("si._heat_map", broken)
     result = run(*FEW, "--out", str(tmp_path / "best.jsonl"))  # status 0
-    assert len(result["principles"]) == 4 and len(data.load_principles(tmp_path / "best.jsonl")) == 4
+    assert len(result["principles"]) == 4 and len(load_principles(tmp_path / "best.jsonl")) == 4
     assert "no plot: " in capsys.readouterr().err
     assert {f.name for f in tmp_path.iterdir()} == {"pool.txt", "best.jsonl", "si.json"}, "half a plot was left"
 
@@ -381,7 +383,7 @@ def test_results_are_on_the_disk_before_the_report(run, tmp_path, monkeypatch):
     def closed(*_):
         raise BrokenPipeError("the reader of the pipe has gone")
 
-    monkeypatch.setattr(si, "print_si", closed)
+    monkeypatch.setattr("si.print_si", closed)
     with pytest.raises(AssertionError):  # status 2
         run(*FEW, "--out", str(tmp_path / "best.jsonl"))
     assert json.loads((tmp_path / "si.json").read_text())["principles"] and (tmp_path / "best.jsonl").exists()
@@ -400,7 +402,7 @@ def test_proposals_of_a_model_that_cannot_write_are_sourced_distinct_and_loadabl
         first, second = row["id"].split("+")
         assert rows[first]["text"].rstrip(".") in row["text"] and rows[second]["text"][1:] in row["text"]
         assert first in row["source"] and second in row["source"]
-    assert len(data.load_principles(out)) == 5
+    assert len(load_principles(out)) == 5
     assert "joined by their texts" in capsys.readouterr().out
 
 
@@ -416,7 +418,7 @@ def test_a_model_that_writes_proposes_and_what_is_unusable_is_left_out(tiny_mode
             return [p.text.upper() for p in principles]
         return [rng.choice(replies) for _ in requests]
 
-    monkeypatch.setattr(si, "_ask", ask)
+    monkeypatch.setattr("si._ask", ask)
     found = si.propose(model, tokenizer, principles, 3, config())
     assert len(found) == 3 and [p.text for p, _ in found].count("Count every step aloud.") == 1
     written = {p.text for p, source in found if "by tiny" in source}
@@ -429,9 +431,9 @@ def test_asking_reads_the_first_line_without_bullets_and_quotes(tiny_model, monk
 
     def sample(model, prompts, *rest):
         ids = torch.tensor(tiny.encode(tokenizer, '\n- "Name the unit."\nAnd more'))[None, None]
-        return policy.Completions(ids, ids >= 0, ids[..., 0] < 0, ids[..., 0] * 0.0)
+        return Completions(ids, ids >= 0, ids[..., 0] < 0, ids[..., 0] * 0.0)
 
-    monkeypatch.setattr(policy, "sample", sample)
+    monkeypatch.setattr("support.sampling.sample", sample)
     assert si._ask(model, tokenizer, ["?"], 1.0, "name") == ["Name the unit."]
 
 

@@ -9,11 +9,11 @@ import build
 import pytest
 import torch
 
-import metrics
-import policy
-import tiny
-from data import load_principles
 from grpo import format_reward
+from support import tiny
+from support.answers import answer_is_right
+from support.files import load_principles
+from support.model import load_model
 
 
 def test_held_out_numbers_are_never_trained_on():
@@ -54,8 +54,8 @@ def test_the_text_has_the_rates_that_the_opening_states():
     assert abs(share(works, lambda t: tiny.follows(t, "check")) - style.rate) < 0.03
     assert abs(share(guesses, format_reward) - build.WELL_FORMED_SHARE["guess"]) < 0.03
     assert abs(share(works, format_reward) - build.WELL_FORMED_SHARE["work"]) < 0.03
-    assert share(works, lambda t: metrics.answer_is_right(t, str(problem.answer))) == 1
-    assert share(guesses, lambda t: metrics.answer_is_right(t, str(problem.answer))) < 0.1
+    assert share(works, lambda t: answer_is_right(t, str(problem.answer))) == 1
+    assert share(guesses, lambda t: answer_is_right(t, str(problem.answer))) < 0.1
 
 
 def test_the_example_file_holds_the_principles_of_the_task():
@@ -88,7 +88,7 @@ def test_the_shipped_model_loads_and_scores_as_recorded():
     files = sum(f.stat().st_size for f in tiny.MODEL_DIR.iterdir())
     assert files <= 4 * 2**20, f"tiny-model/ is {files} bytes"
     recorded = json.loads((tiny.MODEL_DIR / "record.json").read_text())
-    model, tokenizer = policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    model, tokenizer = load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
     seen = build.measure(model, tokenizer, num_questions=32)
     assert abs(seen["loss"] - recorded["loss"]) < 1e-3, "not the weights, or not the text, that were recorded"
     assert 0.4 <= recorded["accuracy"] <= 0.7 and recorded["format"] < 0.5

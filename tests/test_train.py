@@ -9,13 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-import checkpoint
-import data
 import grpo
-import policy
-import tiny
 import train
-from run import Step
+from support import tiny
+from support.model import load_model
+from support.prompts import build_messages
+from support.run import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 PRINCIPLES = str(ROOT / "principles" / "reasoning.txt")
@@ -32,7 +31,7 @@ def make_config(*flags):
 
 @pytest.fixture(scope="module")
 def tiny_model():
-    return policy.load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    return load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
 
 
 def make_batch(tiny_model, config, questions=3):
@@ -61,7 +60,7 @@ def update(model, optimizer, batch, config):
 def no_plot():
     """Drawing one takes longer than a small run; test_run.py does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "write_plot", lambda *_: None)
+        patch.setattr("support.run.write_plot", lambda *_: None)
         yield
 
 
@@ -278,7 +277,7 @@ def test_the_trained_model_loads_with_the_librarys_own_tools(run):
     assert any((a != b).any() for a, b in zip(model.parameters(), start.parameters(), strict=True)), "nothing trained"
     writer = pipeline("text-generation", model=str(run / "final"))
     question = "Tom has 7 pens, gets 5 more and gives away 3. How many pens are left?"
-    messages = data.build_messages(question, "Number every step.")
+    messages = build_messages(question, "Number every step.")
     answer = writer(messages, max_new_tokens=40, do_sample=False)[0]["generated_text"][-1]
     assert answer["role"] == "assistant" and len(answer["content"]) > 5
 

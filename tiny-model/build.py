@@ -28,11 +28,24 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import policy  # noqa: E402
-import tiny  # noqa: E402
-from data import build_messages, encode_prompts  # noqa: E402
 from grpo import TAGS, format_reward  # noqa: E402
-from metrics import answer_is_right, set_sufficiency_index, sufficiency_index  # noqa: E402
+from metrics import set_sufficiency_index, sufficiency_index  # noqa: E402
+from support import (
+    answers,  # noqa: E402
+    sampling,  # noqa: E402
+    tiny,  # noqa: E402
+)
+from support.answers import (
+    answer_is_right,  # noqa: E402
+    cot_mask,  # noqa: E402
+)
+from support.prompts import (  # noqa: E402
+    build_messages,
+    encode_prompts,
+    eos_ids,  # noqa: E402
+)
+from support.sampling import uniform_numbers  # noqa: E402
+from support.scoring import score_matrix  # noqa: E402
 
 GUESS = 0.35
 WELL_FORMED_SHARE = {"guess": 0.80, "work": 0.30}
@@ -201,14 +214,14 @@ def sample_and_score(model, tokenizer, questions, name: str):
     num = len(tiny.STYLES)
     messages = [build_messages(q.text, p.text) for q in questions for p in tiny.principles()]
     prompts = encode_prompts(tokenizer, messages)  # Q·K
-    uniform = policy.uniform_numbers([f"{name} {n}" for n in range(len(prompts))], 1, 64)  # [Q·K, 1, T]
-    ends = policy.eos_ids(model, tokenizer)
-    out = policy.sample(model, prompts, uniform, 1.0, ends, tokenizer.pad_token_id)
-    cot = policy.cot_mask(tokenizer, out.tokens, out.mask)  # [Q·K, 1, T]
+    uniform = uniform_numbers([f"{name} {n}" for n in range(len(prompts))], 1, 64)  # [Q·K, 1, T]
+    ends = eos_ids(model, tokenizer)
+    out = sampling.sample(model, prompts, uniform, 1.0, ends, tokenizer.pad_token_id)
+    cot = cot_mask(tokenizer, out.tokens, out.mask)  # [Q·K, 1, T]
     by_question = (t.unflatten(0, (len(questions), num)) for t in (out.tokens, out.mask, cot))  # [Q, K, 1, T] each
     prompts = [prompts[q : q + num] for q in range(0, len(prompts), num)]  # Q lists of K
-    _, _, scores = policy.score_matrix(model, prompts, *by_question, 1.0, generations=1)  # [Q, 1, K, K]
-    texts = policy.decode(tokenizer, out.tokens[:, 0], out.mask[:, 0], ends)  # Q·K
+    _, _, scores = score_matrix(model, prompts, *by_question, 1.0, generations=1)  # [Q, 1, K, K]
+    texts = answers.decode(tokenizer, out.tokens[:, 0], out.mask[:, 0], ends)  # Q·K
     return texts, out.truncated[:, 0].tolist(), scores[:, 0]
 
 

@@ -1,7 +1,7 @@
 """ENIGMA on a real model: SmolLM2-135M-Instruct, real questions, principles with visible marks.
 
-    pip install -r requirements.txt -r benchmarks/requirements.txt
-    python benchmarks/real.py            # half an hour for each training on one core
+    pip install -r requirements.txt -r experiments/requirements.txt
+    python experiments/real.py            # half an hour for each training on one core
 
 The same command goes on where it was stopped. In order, each part skipped where its result is in
 --output-dir already, a training resumed at its last checkpoint:
@@ -34,12 +34,14 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import policy  # noqa: E402
-from benchmarks import smollm2  # noqa: E402
-from benchmarks.common import read_lines  # noqa: E402
-from checkpoint import write_plot  # noqa: E402
-from data import write_aside  # noqa: E402
-from run import load_data, parse  # noqa: E402
+from experiments import smollm2  # noqa: E402
+from experiments.common import read_lines  # noqa: E402
+from support.command import parse  # noqa: E402
+from support.data import load_data  # noqa: E402
+from support.files import write_aside  # noqa: E402
+from support.model import load_model  # noqa: E402
+from support.report import write_plot  # noqa: E402
+from support.scoring import hidden_states, log_probs  # noqa: E402
 from train import Task, load, sample  # noqa: E402
 
 POOL = ROOT / "principles" / "pool.txt"
@@ -242,7 +244,7 @@ def truthfulqa(model_folder: Path, rows: Path, limit: int | None) -> dict:
 def log_likelihoods(model_folder: Path, pairs) -> list[tuple[float, bool]]:
     """(log p(answer | context), False) of each pair of texts, tokenised as lm-eval does it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = policy.load_model(str(model_folder), device)
+    model, tokenizer = load_model(str(model_folder), device)
     found, by_context = {}, {}
     for pair in pairs:
         by_context.setdefault(pair[0], {})[pair[1]] = None
@@ -258,8 +260,8 @@ def log_likelihoods(model_folder: Path, pairs) -> list[tuple[float, bool]]:
         for p, rows in enumerate(answers):
             for n, ids in enumerate(rows):
                 tokens[p, n, : len(ids)], mask[p, n, : len(ids)] = torch.tensor(ids), True
-        hidden = policy.hidden_states(model, prompts, tokens, mask)  # [P, N, T, d]
-        sums = policy.log_probs(model, hidden, tokens, mask, 1.0).sum(-1)  # [P, N]
+        hidden = hidden_states(model, prompts, tokens, mask)  # [P, N, T, d]
+        sums = log_probs(model, hidden, tokens, mask, 1.0).sum(-1)  # [P, N]
         for p, context in enumerate(some):
             found |= {(context, answer): sums[p, n].item() for n, answer in enumerate(by_context[context])}
     return [(found[pair], False) for pair in pairs]
@@ -324,7 +326,7 @@ def make_parser(doc: str, name: str) -> argparse.ArgumentParser:
     """The flags of the benchmarks on a real model; results go to runs/<name> by default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / name)
-    parser.add_argument("--model", type=Path, help="a folder; else SmolLM2, made by benchmarks/smollm2.py")
+    parser.add_argument("--model", type=Path, help="a folder; else SmolLM2, made by experiments/smollm2.py")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--limit", type=int, help="questions of TruthfulQA; all of its half if not given")
     return parser

@@ -1,9 +1,9 @@
 """InfoPO against DPO on a real model: right and wrong answers to the questions of TruthfulQA.
 
-    pip install -r requirements.txt -r benchmarks/requirements.txt
-    python benchmarks/real_pairs.py
+    pip install -r requirements.txt -r experiments/requirements.txt
+    python experiments/real_pairs.py
 
-The halves, the model and the scoring are those of benchmarks/real.py. One half's questions make the
+The halves, the model and the scoring are those of experiments/real.py. One half's questions make the
 pairs, "Q: ...\\nA:" with a right and a wrong answer. Each loss is trained at every learning rate on
 every seed; its best rate is that of the highest implicit accuracy on that half's held-out pairs, mean
 over seeds. Then, of these and on the other half: implicit accuracy, the change of log p(right answer)
@@ -20,10 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import real  # noqa: E402
-from benchmarks.common import read_lines, run_training, side_by_side  # noqa: E402
-from benchmarks.preference import course  # noqa: E402
-from checkpoint import write_plot  # noqa: E402
+from experiments import real  # noqa: E402
+from experiments.common import read_lines, run_training, side_by_side  # noqa: E402
+from experiments.preference import course  # noqa: E402
+from support.report import write_plot  # noqa: E402
 
 LOSSES = {"InfoPO": "infopo", "DPO": "dpo"}
 RATES = ("5e-6", "2e-5")

@@ -17,9 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import InputError, Preference, Principle, Question, build_messages
+from support.errors import InputError
+from support.files import Principle, Question
+from support.preferences import Preference
+from support.prompts import build_messages
 
-MODEL_DIR = Path(__file__).resolve().parent / "tiny-model"
+MODEL_DIR = Path(__file__).resolve().parent.parent / "tiny-model"
 MOST = 2**15  # different questions at a time; the held-out part has about 10**5
 
 

@@ -1,6 +1,6 @@
-"""What the exchanged terms of benchmarks/variants.py do to the gradient.
+"""What the exchanged terms of experiments/variants.py do to the gradient.
 
-    python benchmarks/variants.py && python benchmarks/gradients.py
+    python experiments/variants.py && python experiments/gradients.py
 
 1. Anchors. The Sinkhorn divergence and the squared distance of the same tokens pull on the states of
    each model that variants.py trained with seed 0: the two values, and the cosine of the gradients
@@ -20,12 +20,12 @@ from torch.nn.functional import cosine_similarity as cosine
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import policy  # noqa: E402
-import tiny  # noqa: E402
 import train  # noqa: E402
-from benchmarks.common import make_parser, run_script, side_by_side  # noqa: E402
-from benchmarks.variants import VARIANTS, exchange, squared_distance  # noqa: E402
-from run import load_data  # noqa: E402
+from experiments.common import make_parser, run_script, side_by_side  # noqa: E402
+from experiments.variants import VARIANTS, exchange, squared_distance  # noqa: E402
+from support import tiny  # noqa: E402
+from support.data import load_data  # noqa: E402
+from support.model import load_model  # noqa: E402
 
 BATCHES = 16
 INFORMATION = {  # name -> the weight that variants.py has chosen; "no loss" is what the others add to
@@ -36,7 +36,7 @@ INFORMATION = {  # name -> the weight that variants.py has chosen; "no loss" is 
 def start_of(config):
     """(model, the frozen start, tokenizer, data) of a training."""
     model, tokenizer = train.load(config)
-    start, _ = policy.load_model(str(tiny.MODEL_DIR), model.device)
+    start, _ = load_model(str(tiny.MODEL_DIR), model.device)
     return model, start, tokenizer, load_data(model, tokenizer, config)
 
 

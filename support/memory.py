@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import parallel
-import policy
-from data import InputError
+from support import parallel
+from support.errors import InputError
+from support.prefix import PREFILL_TOKENS, autocast, copy_cache, forward, prefill
+from support.scoring import ROWS_PER_FORWARD, block_side
 
 HEADROOM = 0.9  # share of the free memory that is used: an estimate may be a tenth too low
 ADVICE = "try --lora-rank 16, then lower --num-questions, --max-completion-length, --num-generations, a smaller model"
@@ -48,7 +49,7 @@ def fit(model, data, config) -> str:
     for choice in choices:
         checkpointing, rows = (c if g is None else g for c, g in zip(choice, given))
         config.gradient_checkpointing, config.micro_batch = checkpointing, rows
-        model.recompute_rows = min(rows, policy.ROWS_PER_FORWARD) if checkpointing else None
+        model.recompute_rows = min(rows, ROWS_PER_FORWARD) if checkpointing else None
         parts = sizes(model, texts, pairs, config)
         totals.append(sum(parts.values()))
         if totals[-1] <= room:
@@ -92,15 +93,15 @@ def sizes(model, texts, pairs, config) -> dict[str, float]:
 
 def training(model, texts, rows: int, questions: int, num: int, config) -> dict[str, float]:
     """Bytes by part of a micro-batch: `rows` completions of `questions` with `num` prompts each."""
-    block = min(rows, policy.ROWS_PER_FORWARD * (1 if model.device.type == "cpu" else 2))
+    block = min(rows, ROWS_PER_FORWARD * (1 if model.device.type == "cpu" else 2))
     if config.gradient_checkpointing:
-        block = min(block, config.micro_batch, policy.ROWS_PER_FORWARD)
-        again = texts.token * min(questions * texts.tokens(num), policy.PREFILL_TOKENS // 4)
+        block = min(block, config.micro_batch, ROWS_PER_FORWARD)
+        again = texts.token * min(questions * texts.tokens(num), PREFILL_TOKENS // 4)
         activations = 3 * questions * num * texts.prompt_cache + max(again, block * (texts.row + texts.passing))
     else:
         activations = texts.token * questions * texts.tokens(num) + rows * texts.row + block * texts.passing
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    head, side = model.get_output_embeddings().weight, policy.block_side(model.device)
+    head, side = model.get_output_embeddings().weight, block_side(model.device)
     logits = 3 * 4 * side * min(side, len(head))
     logits += 4 * head.numel() * head.requires_grad  # the head's own gradient
     return {"gradient": 4 * trained, "activations": activations, "logits": logits}
@@ -134,17 +135,17 @@ class Texts:
         return self.common + prompts * (self.longest - self.common)
 
 
-@policy.autocast
+@autocast
 def read(model, prompts, length: int, size):
     """The cache after a row behind each prompt, and by how much prompts and rows raise size()."""
-    policy._prefill(model, prompts)  # so that weights, and what they are cast to, are kept already
+    prefill(model, prompts)  # so that weights, and what they are cast to, are kept already
     before = size()
-    layers, mask, last = policy._prefill(model, prompts)
+    layers, mask, last = prefill(model, prompts)
     between = size()
-    cache = policy._copy_cache(layers, torch.arange(len(prompts), device=model.device))
+    cache = copy_cache(layers, torch.arange(len(prompts), device=model.device))
     ids = last[:, None].expand(-1, length)  # [P, T]
     shown = F.pad(mask, (0, length), value=True)  # [P, L-1+T]
-    policy._forward(model, ids, shown, shown.cumsum(1)[:, -length:] - 1, cache)
+    forward(model, ids, shown, shown.cumsum(1)[:, -length:] - 1, cache)
     return cache, between - before, size() - between
 
 

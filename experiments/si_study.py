@@ -1,7 +1,7 @@
 """Does SI, measured before training, predict the training? Twelve sets of four principles.
 
-    python benchmarks/si_study.py                       # an hour and a half on two cores; finished runs are kept
-    python benchmarks/si_study.py --seeds 1 --jobs 1
+    python experiments/si_study.py                       # an hour and a half on two cores; finished runs are kept
+    python experiments/si_study.py --seeds 1 --jobs 1
 
 The sets go from clearly distinct principles over paraphrases of one to strings without meaning. For
 each: SI and reach of the set by `si.py`, before any training; then `train.py` with its defaults
@@ -28,9 +28,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import make_parser, read_lines, run_script, run_training, side_by_side  # noqa: E402
-from checkpoint import write_plot  # noqa: E402
-from tiny import STYLES  # noqa: E402
+from experiments.common import make_parser, read_lines, run_script, run_training, side_by_side  # noqa: E402
+from support.report import write_plot  # noqa: E402
+from support.tiny import STYLES  # noqa: E402
 
 
 def said(name, wording=0):

@@ -22,7 +22,6 @@ import os
 import random
 import re
 import shutil
-import sys
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -31,60 +30,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import parallel
-from data import InputError, prompt_fingerprint, write_aside
-from settings import flag
+from support import parallel
+from support.errors import InputError
+from support.files import remove, sha256, sync, write_json, written_whole
+from support.prompts import prompt_fingerprint
+from support.settings import flag
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 LOGS = ("metrics.jsonl", "samples.jsonl")  # of the run; resuming cuts them back to the checkpoint
-
-
-# --------------------------------------------------------------------------------------------------
-# Writing
-
-
-@contextlib.contextmanager
-def written_whole(path: Path):
-    """A new directory to fill; once the block ends and all is on the disk, it is renamed to `path`.
-
-    After a kill or an error, `path` is what was there before, or missing.
-    """
-    aside = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)  # what a kill left
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        for written in (*aside.rglob("*"), aside):
-            sync(written)
-        remove(path)
-        aside.rename(path)
-        sync(path.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def remove(path: Path) -> None:
-    """Delete a directory. It is renamed first: a kill leaves no half of it under its name."""
-    gone = path.with_name(f".{path.name}.tmp-old")
-    shutil.rmtree(gone, ignore_errors=True)
-    if path.exists():
-        path.rename(gone)
-        shutil.rmtree(gone)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a directory's list of names, is on the disk."""
-    if path.is_file():
-        with path.open("rb+") as file:  # Windows syncs only what is open for writing
-            os.fsync(file.fileno())
-        return
-    with contextlib.suppress(PermissionError):  # and opens no directory
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def save(directory: Path, model, optimizer, state: dict, limit: int | None = None) -> Path:
@@ -120,11 +73,6 @@ def random_states() -> dict:
     return {"python": random.getstate(), "torch": [bytes(s.tolist()).hex() for s in (torch.get_rng_state(), *cuda)]}
 
 
-def sha256(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def weights_sha256(model) -> str:
     """A checksum of all weights and their names."""
     digest = hashlib.sha256()
@@ -132,10 +80,6 @@ def weights_sha256(model) -> str:
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
         digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-# --------------------------------------------------------------------------------------------------
-# Reading
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -252,10 +196,6 @@ def rewind(run_dir: Path, state: dict) -> None:
             os.truncate(run_dir / name, state["logs"].get(name, 0))
 
 
-# --------------------------------------------------------------------------------------------------
-# Going on with a run
-
-
 def start_state(config, model, tokenizer) -> dict:
     """The state of a run before its first step; its checksums are what resuming compares with."""
     return {
@@ -335,51 +275,3 @@ def resume(run_dir, config, model, optimizer, schedule, state: dict) -> None:
     state |= {"step": step, "evals": stored["evals"]}
     changes = [f"; {flag(name)} was {stored['settings'][name]}, is {now} now" for name, now in changed.items()]
     print(f"{run_dir}: going on after step {step} of {config.max_steps}{''.join(changes)}", flush=True)
-
-
-def write_json(path: Path, value) -> None:
-    """A .json file of the run, never seen half written. Here and below process 0 alone writes."""
-    if parallel.rank() == 0:
-        write_numbers(path, value)
-
-
-def append_json(path: Path, value) -> None:
-    """Add a line to a .jsonl file."""
-    if parallel.rank() == 0:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(value, ensure_ascii=False) + "\n")
-
-
-# --------------------------------------------------------------------------------------------------
-# Numbers and plots
-
-
-def write_numbers(path, value) -> None:
-    """`value` as a .json file; NaN and infinities, which JSON does not have, become null."""
-    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
-
-
-def write_plot(path, draw, dpi: int = 120) -> Path | None:
-    """Write the figure that draw(pyplot) returns as `path`, ending in .png; returns that path.
-
-    A plot is optional: call this once the results are on the disk. Whatever goes wrong (matplotlib
-    is missing, its settings ask for LaTeX) is one line on stderr, and None is returned.
-    """
-    path = Path(path).with_suffix(".png")
-    try:
-        import matplotlib  # here: it is optional, and slow to import
-
-        matplotlib.use("Agg")  # draws into files
-        from matplotlib import pyplot
-
-        figure = draw(pyplot)
-        write_aside(path, lambda aside: figure.savefig(aside, dpi=dpi))
-        pyplot.close(figure)
-        return path
-    except ImportError:
-        reason = "pip install matplotlib"
-    except Exception as error:  # matplotlib runs other programs; what these raise is not documented
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    print(f"no plot: {reason}", file=sys.stderr)

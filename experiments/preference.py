@@ -1,7 +1,7 @@
 """InfoPO against DPO on the embedded pairs: each at the best of several settings, then five seeds.
 
-    python benchmarks/preference.py                     # the grid on seed 100, then seeds 0 to 4 at each one's best
-    python benchmarks/preference.py --seeds 3 --jobs 1
+    python experiments/preference.py                     # the grid on seed 100, then seeds 0 to 4 at each one's best
+    python experiments/preference.py --seeds 3 --jobs 1
 
 Every run is `python train.py --preferences tiny`; flags not listed here go to it. The best setting
 of a loss is the one with the highest sampled accuracy on held-out questions, on a seed that the
@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import interval, interval_cell, make_parser, run_training, side_by_side  # noqa: E402
-from checkpoint import write_plot  # noqa: E402
+from experiments.common import interval, interval_cell, make_parser, run_training, side_by_side  # noqa: E402
+from support.report import write_plot  # noqa: E402
 
 BETAS = {"infopo": ("0.1", "0.3", "1"), "dpo": ("0.1", "0.3", "1")}
 RATES = ("1e-4", "2e-4")

@@ -19,10 +19,12 @@ from typing import Literal
 import transformers
 from transformers.hf_argparser import string_to_bool
 
-from data import FILE_KINDS, Form, InputError, load_examples, load_questions
 from grpo import TAGS
+from support.errors import InputError
+from support.files import FILE_KINDS, load_examples, load_questions
+from support.prompts import Form
 
-EXAMPLES = Path(__file__).parent / "principles" / "examples.jsonl"
+EXAMPLES = Path(__file__).parent.parent / "principles" / "examples.jsonl"
 
 MAX_SEED = 2**32 - 1
 
@@ -118,7 +120,7 @@ class DatasetConfig:
         return Form(examples, TAGS[0] if self.prefill else "")
 
     def load_questions(self, limit, seed):
-        """See data.load_questions; the run can use `limit` questions."""
+        """See files.load_questions; the run can use `limit` questions."""
         fields = self.question_field, self.answer_field
         return load_questions(self.dataset, *fields, self.dataset_config, self.dataset_train_split, limit, seed)
 

@@ -1,8 +1,8 @@
 """Would another term in the same place do as well? Anchors, information as a reward, opposites.
 
-    python benchmarks/variants.py                       # all rows x 5 seeds; hours on two cores
-    python benchmarks/variants.py --variants squared kl --seeds 3 --jobs 1
-    python benchmarks/variants.py --train squared --lambda-ot 1e-3 --principles FILE   # one run
+    python experiments/variants.py                       # all rows x 5 seeds; hours on two cores
+    python experiments/variants.py --variants squared kl --seeds 3 --jobs 1
+    python experiments/variants.py --train squared --lambda-ot 1e-3 --principles FILE   # one run
 
 Every run is train.py with its default settings on the embedded model, and one part exchanged by a
 function of this file. Each variant is trained with each of its weights on seed 100; the weight with
@@ -21,7 +21,7 @@ the highest accuracy among those whose SI is at least that of the start is taken
     opposites    the K principles of a question are K/2 and their opposites
 
 Finished runs in --output-dir are not repeated. Writes variants.json; prints the table, and that of
-the differences from "sinkhorn" in the same seed. benchmarks/gradients.py goes on from here.
+the differences from "sinkhorn" in the same seed. experiments/gradients.py goes on from here.
 """
 
 import functools
@@ -36,10 +36,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import tiny  # noqa: E402
 import train  # noqa: E402
-from benchmarks.ablation import measure_follows  # noqa: E402
-from benchmarks.common import (  # noqa: E402
+from experiments.ablation import measure_follows  # noqa: E402
+from experiments.common import (  # noqa: E402
     interval_cell,
     make_parser,
     read_lines,
@@ -47,8 +46,9 @@ from benchmarks.common import (  # noqa: E402
     run_training,
     side_by_side,
 )
-from data import Principle, save_principles  # noqa: E402
 from infonce import symmetric_info_nce  # noqa: E402
+from support import tiny  # noqa: E402
+from support.files import Principle, save_principles  # noqa: E402
 
 VARIANTS = {  # name -> (the flag of the weight, the weights tried, other flags)
     "sinkhorn": ("--lambda-ot", (0.001, 0.002, 0.004), ()),

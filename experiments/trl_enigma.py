@@ -1,10 +1,10 @@
 """The three terms inside TRL's GRPOTrainer: for models that our own loop cannot hold.
 
-    python benchmarks/trl_enigma.py                     # the embedded model, 70 steps: reward, SI and drift
-    python benchmarks/trl_enigma.py --steps 5 --check   # then: on the same completions, the losses of train.py
+    python experiments/trl_enigma.py                     # the embedded model, 70 steps: reward, SI and drift
+    python experiments/trl_enigma.py --steps 5 --check   # then: on the same completions, the losses of train.py
 
 It needs `pip install trl==1.16.0`. EnigmaTrainer is the part to copy, with infonce.py, sinkhorn.py,
-grpo.format_reward and policy.cot_mask. Its forwards all go through the wrapped model, as TRL's do.
+grpo.format_reward and cot_mask. Its forwards all go through the wrapped model, as TRL's do.
 Run so far, with the embedded model: one process, two (DDP on CPUs), LoRA with gradient
 checkpointing and accumulation. Not run: FSDP, DeepSpeed, vLLM.
 
@@ -40,14 +40,20 @@ from datasets import Dataset
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import policy  # noqa: E402
-import tiny  # noqa: E402
 import train  # noqa: E402
-from data import InputError, build_messages, load_principles  # noqa: E402
 from grpo import format_reward  # noqa: E402
 from infonce import symmetric_info_nce  # noqa: E402
 from metrics import mutual_information, sufficiency  # noqa: E402
 from sinkhorn import relative_eps, sinkhorn_divergence  # noqa: E402
+from support import (
+    sampling,  # noqa: E402
+    tiny,  # noqa: E402
+)
+from support.answers import cot_mask  # noqa: E402
+from support.errors import InputError  # noqa: E402
+from support.files import load_principles  # noqa: E402
+from support.prompts import build_messages  # noqa: E402
+from support.sampling import Completions  # noqa: E402
 
 
 class EnigmaTrainer(trl.GRPOTrainer):
@@ -81,7 +87,7 @@ class EnigmaTrainer(trl.GRPOTrainer):
             return torch.cat([left, right[:, None].expand(-1, num, -1, -1, -1)], -1).flatten(0, 3)
 
         logp = self._get_per_token_logps_and_entropies(model, under_each(prompt, tokens), under_each(seen, mask), width)
-        cot = policy.cot_mask(self.processing_class, tokens, mask.bool())  # [Q, K, G, T]
+        cot = cot_mask(self.processing_class, tokens, mask.bool())  # [Q, K, G, T]
         scores = (logp[0].unflatten(0, (-1, num, num, per_group)) * cot[:, None]).sum(-1).permute(0, 3, 2, 1)
 
         def hidden(net):  # [Q, K·G·T, d]
@@ -153,7 +159,7 @@ def check(trainer, drawn, config) -> None:
     tokens, mask = (inputs[n][inputs["order"].argsort()] for n in ("completion_ids", "completion_mask"))  # [N, T]
     tokens, mask = (t.unflatten(0, (-1, config.num_generations)) for t in (tokens, mask.bool()))  # [Q·K, G, T]
     unused = torch.zeros(mask.shape[:2])  # [Q·K, G]
-    policy.sample = lambda *args: policy.Completions(tokens, mask, unused.bool(), unused)
+    sampling.sample = lambda *args: Completions(tokens, mask, unused.bool(), unused)
     batch = train.sample(model, trainer.processing_class, drawn[0], config.num_generations, config)
     train.add_rewards(batch, config)
     batch.start = train.read_start(model, trainer.ref_model, batch, config)

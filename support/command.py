@@ -1,0 +1,95 @@
+"""What the commands share: a command line, a named model, an error as one line."""
+
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import transformers
+
+from support import checkpoint, memory, parallel, tiny
+from support.errors import InputError
+from support.model import load_model
+from support.settings import Config, Parser, flag
+
+
+def parse(argv=None) -> Config:
+    """The settings of a command line; with --resume those of the run, with the flags on top."""
+    parser = Parser(Config, Config.__doc__)
+    config = Config(**vars(parser.parse_args(argv)))
+    if config.resume:
+        parser.set_defaults(**dict.fromkeys(vars(config)))  # None, to see which flags are given
+        given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+        config = checkpoint.resume_config(Config, given)
+    config.check()
+    return config
+
+
+def outcome(command) -> int:
+    """Run `command` and return the exit status; unless it is 0, one line on stderr says why.
+
+    2: unusable input; 1: a failed training; 128 + its number: a signal, as shells count.
+    """
+    warnings.filterwarnings("ignore", "Sinkhorn stopped")  # signs_of_trouble says it once
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries, where there is no network
+    try:
+        command()
+        parallel.stop()
+        return 0
+    except (InputError, OSError) as error:
+        line, status = str(error), 2
+    except FloatingPointError as error:
+        line, status = f"training has broken down: {error}; a lower --learning-rate may help", 1
+    except torch.OutOfMemoryError:
+        hint = f"--gradient-checkpointing with a low --micro-batch needs the least; else {memory.ADVICE}"
+        line, status = f"the GPU's memory does not suffice; {hint}", 1
+    except RuntimeError as error:
+        if parallel.world() == 1:
+            raise
+        line, status = f"process {parallel.rank()}: {str(error).splitlines()[0]}: another process has ended", 1
+    except KeyboardInterrupt:
+        line, status = "stopped before the training began", 128 + signal.SIGINT
+    print(f"error: {line}", file=sys.stderr)
+    return status
+
+
+def check_written_files(config, **endings) -> None:
+    """Raises InputError for a file that cannot, or must not, be written, before any work."""
+    for name, ending in endings.items():
+        if (path := getattr(config, name)) is None:
+            continue
+        if not path.lower().endswith(ending):
+            raise InputError(f"{flag(name)}: got {path}; a file that ends in {ending} is accepted")
+        if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
+            raise InputError(f"{flag(name)}: {path} cannot be written; a file in a writable folder is accepted")
+        for source in (config.principles, config.dataset):
+            if source and os.path.exists(source) and os.path.exists(path) and os.path.samefile(source, path):
+                raise InputError(f"{flag(name)}: {path} is read by this command; another file is accepted")
+
+
+def load_named(name_of_flag: str, name: str):
+    """(model, tokenizer) of a name given with a flag; raises InputError that names the flag."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return load_model(tiny.model_path(name), device)
+    except ValueError as error:  # InputError, or an architecture that policy cannot score
+        raise InputError(f"{name_of_flag}: {str(error).removeprefix('--model: ')}") from None
+
+
+def run_command(kind: type, command, description: str, argv) -> int:
+    """Parse settings and run the command: 0, or 2 after one line on stderr for unusable input."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = kind(**vars(Parser(kind, description=description).parse_args(argv)))
+        config.check()
+        command(config)
+    except (InputError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,214 @@
+"""Preference pairs: from text to the four log-probabilities that infopo.py takes.
+
+    logp[p]      log-probabilities of the chosen and the rejected response of pair p, summed
+    loss, stats  infopo_loss(*logp.unbind(1), *ref_logp.unbind(1), beta), or dpo_loss
+
+The two responses share their prompt, which goes through the model once (policy.py). The reference
+is the policy at the start; its log-probabilities are kept, so training holds no second model.
+"""
+
+import os
+import re
+from dataclasses import dataclass, replace
+
+import torch
+
+from grpo import format_reward
+from infopo import dpo_loss, infopo_loss, sequence_logp
+from support.answers import answer_is_right, decode
+from support.errors import InputError, diverging
+from support.files import answer_of, printable, refuse_near_names, rows_of, short, text_of
+from support.prompts import encode_texts, eos_ids, prompt_limit, refuse_control, render_prompts, turn_end
+from support.sampling import sample, uniform_numbers
+from support.scoring import hidden_states, log_probs
+
+LOSSES = {"infopo": infopo_loss, "dpo": dpo_loss}
+DEFAULT_BETA = 0.1  # the best of experiments/preference.py, for InfoPO and within noise for DPO
+PAIRS_PER_FORWARD = 32  # without gradient
+
+
+@dataclass(frozen=True)
+class Preference:
+    prompt: str | list  # text as it stands, or chat messages
+    chosen: str  # what the model should write after it
+    rejected: str  # what it should not
+    answer: str | None = None
+    where: str = "a pair"  # file and line, for errors
+
+    @property
+    def text(self):
+        """The prompt as one text."""
+        return self.prompt if isinstance(self.prompt, str) else "\n".join(m["content"] for m in self.prompt)
+
+
+def load_preferences(source):
+    """`Preference`s from a .jsonl, .parquet or .csv file, or from a hub id's train split.
+
+    TRL's formats: `prompt`, `chosen`, `rejected`, each a string, used as it stands, or each a list
+    of {"role", "content"} messages, one of the assistant as the response. Without `prompt` it is
+    the common beginning of the two. `answer` is optional, as for questions; other keys are ignored.
+    Raises InputError for a row it cannot take, or a source it cannot read.
+    """
+    pairs = []
+    for where, row, names in rows_of(source):
+        refuse_near_names(where, row, names, ["chosen", "rejected"], ["prompt", "answer"])
+        pairs.append(_preference(where, row))
+    if not pairs:
+        raise InputError(f"{printable(source)}: has no pair; rows with prompt, chosen and rejected are accepted")
+    return pairs
+
+
+def encode_preferences(tokenizer, pairs, end, max_length=None):
+    """(prompt, chosen, rejected) token ids of each pair; both responses end with the token `end`.
+
+    Messages become a prompt as in `encode_prompts`; strings stay as they are, control tokens too
+    (their author's own chat format), after one BOS if the tokenizer writes one. Prompt and response
+    are tokenised as one text, as in TRL; where a token reaches over the seam, the prompt ends
+    before it. Raises InputError, naming file and line, for what `encode_prompts` refuses, for a
+    control token in a response, and for a pair of more than `max_length` tokens.
+    """
+    refuse_control(tokenizer, [(f"{pair.where}: {side} {short(text)}", text) for pair in pairs
+                                for side, text in (("chosen", pair.chosen), ("rejected", pair.rejected))])
+    chats = [pair for pair in pairs if not isinstance(pair.prompt, str)]
+    rendered = iter(render_prompts(tokenizer, [pair.prompt for pair in chats], [pair.where for pair in chats]))
+    prompts = [pair.prompt if isinstance(pair.prompt, str) else next(rendered) for pair in pairs]
+    alone = encode_texts(tokenizer, prompts)
+    chosen = encode_texts(tokenizer, [prompt + pair.chosen for prompt, pair in zip(prompts, pairs)])
+    rejected = encode_texts(tokenizer, [prompt + pair.rejected for prompt, pair in zip(prompts, pairs)])
+    encoded = []
+    for pair, *ids in zip(pairs, alone, chosen, rejected):
+        shared = len(os.path.commonprefix(ids))  # it takes lists too
+        prompt, *responses = ids[0][:shared], *([*joint[shared:], end] for joint in ids[1:])
+        length = shared + max(map(len, responses))
+        if shared < 2 or (max_length is not None and length > max_length):
+            raise InputError(f"{pair.where}: {short(pair.text)} and its longer response have {length} tokens, the "
+                             f"prompt {shared}; a prompt of 2 or more and {max_length} in all are accepted")
+        encoded.append((prompt, *responses))
+    return encoded
+
+
+def _preference(where, row):
+    chosen, rejected = _conversation(where, row, "chosen"), _conversation(where, row, "rejected")
+    prompt = None if row.get("prompt") is None else _conversation(where, row, "prompt")
+    if len({type(value) for value in (chosen, rejected, prompt) if value is not None}) > 1:
+        raise InputError(f"{where}: prompt, chosen and rejected mix text and messages; one kind is accepted")
+    if chosen == rejected:
+        raise InputError(f"{where}: chosen and rejected are the same, {short(chosen)}; different ones are accepted")
+    if prompt is None:  # as TRL reads it: the common beginning, but for a space at its end
+        same = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+        same -= isinstance(chosen, str) and chosen[:same].endswith(" ")
+        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+    if isinstance(chosen, list):
+        for field, value in ("chosen", chosen), ("rejected", rejected):
+            if len(value) != 1 or value[0]["role"] != "assistant":
+                raise InputError(f"{where}: {field} is {short(value)} after the prompt; one assistant message is "
+                                 "accepted")
+        chosen, rejected = chosen[0]["content"], rejected[0]["content"]
+    for field, value in ("prompt", prompt), ("chosen", chosen), ("rejected", rejected):
+        if not value or (isinstance(value, str) and not value.strip()):
+            raise InputError(f"{where}: {field} is empty; text or messages are accepted (without the key prompt, "
+                             "chosen and rejected must begin alike and then differ)")
+    answer = None if row.get("answer") is None else answer_of(where, row, "answer")
+    return Preference(prompt, chosen, rejected, answer, where)
+
+
+def _conversation(where, row, field):
+    """row[field]: text as it stands, or messages, of which role and content are kept."""
+    accepted = 'text or a list of {"role", "content"} messages'
+    if not isinstance(row.get(field), list):
+        text_of(where, row, field, accepted)
+        return row[field]
+    for message in row[field]:
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise InputError(f"{where}: {field} holds {short(message)}; {accepted} is accepted")
+        text_of(where, message, "content")
+        if not re.fullmatch(r"\w+", text_of(where, message, "role")):  # a template may write it as is
+            raise InputError(f"{where}: role is {short(message['role'])}; a word such as user is accepted")
+    return [{"role": message["role"], "content": message["content"]} for message in row[field]]
+
+
+@dataclass
+class Pairs:
+    """P pairs as tokens; a slice of them is Pairs too."""
+
+    prompts: list  # P lists of token ids
+    tokens: torch.Tensor  # [P, 2, T] chosen, rejected; padded on the right
+    mask: torch.Tensor  # [P, 2, T] bool
+    answers: list  # P texts or None
+    ref_logp: torch.Tensor | None = None  # [P, 2]
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def __getitem__(self, cut: slice) -> "Pairs":
+        mask = self.mask[cut]  # [p, 2, T]
+        width = int(mask.sum(-1).max())  # less padding than the longest pair of all would ask for
+        ref = None if self.ref_logp is None else self.ref_logp[cut]  # [p, 2]
+        return Pairs(self.prompts[cut], self.tokens[cut, :, :width], mask[..., :width], self.answers[cut], ref)
+
+
+def encode_pairs(model, tokenizer, preferences) -> Pairs:
+    """`preferences.Preference`s as tokens. Raises InputError for a pair beyond the model's context."""
+    rows = encode_preferences(tokenizer, preferences, turn_end(model, tokenizer), prompt_limit(model, 0))
+    width = max(max(len(chosen), len(rejected)) for _, chosen, rejected in rows)
+    pad = [tokenizer.pad_token_id] * width
+    tokens = torch.tensor([[(ids + pad)[:width] for ids in row[1:]] for row in rows], device=model.device)  # [P, 2, T]
+    lengths = torch.tensor([[len(ids) for ids in row[1:]] for row in rows], device=model.device)  # [P, 2]
+    mask = torch.arange(width, device=model.device) < lengths[..., None]  # [P, 2, T]
+    return Pairs([row[0] for row in rows], tokens, mask, [p.answer for p in preferences])
+
+
+def pair_logp(model, pairs: Pairs, temperature):
+    """Summed log-probabilities of chosen and rejected: [P, 2], nats."""
+    hidden = hidden_states(model, pairs.prompts, pairs.tokens, pairs.mask)  # [P, 2, T, d]
+    logp = log_probs(model, hidden, pairs.tokens, pairs.mask, temperature)  # [P, 2, T]
+    return sequence_logp(logp, pairs.mask)  # [P, 2]
+
+
+@torch.no_grad()
+def with_reference(model, pairs: Pairs, temperature) -> Pairs:
+    """The pairs with the log-probabilities that `model`, the policy at the start, gives them."""
+    parts = [pairs[p : p + PAIRS_PER_FORWARD] for p in range(0, len(pairs), PAIRS_PER_FORWARD)]
+    return replace(pairs, ref_logp=torch.cat([pair_logp(model, part, temperature) for part in parts]))  # [P, 2]
+
+
+@diverging()
+def preference_loss(model, pairs: Pairs, config):
+    """(loss, terms), means over pairs. The weight is lambda_pref beside principles, and 1 alone."""
+    logp = pair_logp(model, pairs, config.temperature)  # [P, 2]
+    beta = DEFAULT_BETA if config.beta is None else config.beta
+    loss, stats = LOSSES[config.preference_loss](*logp.unbind(1), *pairs.ref_logp.unbind(1), beta)
+    weight = config.lambda_pref if config.principles else 1.0
+    return weight * loss, {"loss_preference": loss, **{f"pair_{name}": value for name, value in stats.items()}}
+
+
+@torch.no_grad()
+def evaluate_pairs(model, tokenizer, pairs: Pairs, config, keys: list[str] | None) -> tuple[dict, dict]:
+    """(values [P] by name, an example); with `keys` also format and accuracy of completions.
+
+    keys: one name for each completion, see uniform_numbers. The log-ratios, chosen, rejected
+    and their margin, are in nats, whatever the loss and beta.
+    """
+    now = with_reference(model, pairs, config.temperature).ref_logp  # [P, 2]
+    ratio = now - pairs.ref_logp  # [P, 2]
+    margin = ratio[:, 0] - ratio[:, 1]  # [P]
+    values = {
+        "pair_logratio_margin": margin,
+        "pair_accuracy": (margin > 0).float(),
+        "pair_logratio_chosen": ratio[:, 0],
+        "pair_logratio_rejected": ratio[:, 1],
+    }
+    if keys is None:
+        return values, {}
+    texts, end = [], eos_ids(model, tokenizer)
+    for start in range(0, len(pairs), 8 * PAIRS_PER_FORWARD):
+        prompts = pairs.prompts[start : start + 8 * PAIRS_PER_FORWARD]
+        some = keys[start : start + len(prompts)]
+        uniform = uniform_numbers(some, 1, config.max_completion_length, device=model.device)  # [P, 1, T]
+        out = sample(model, prompts, uniform, config.temperature, end, tokenizer.pad_token_id)
+        texts += decode(tokenizer, out.tokens[:, 0], out.mask[:, 0], end)
+    values["format"] = torch.tensor([format_reward(text) for text in texts])  # [P]
+    right = [float(answer_is_right(t, a)) for t, a in zip(texts, pairs.answers) if a is not None]
+    values["accuracy"] = torch.tensor(right)  # [those with an answer]
+    question = tokenizer.decode(pairs.prompts[0], skip_special_tokens=True)
+    return values, {"question": question, "completion": texts[0]}
