@@ -8,6 +8,8 @@ shift), by where the drift lies (in the span of the principles' directions or be
 next-token distributions (Fisher-Rao, KL).
 """
 
+import support  # isort: skip  # noqa: F401  (before torch: see there)
+
 import math
 import random
 import sys
@@ -20,15 +22,16 @@ from tqdm import tqdm
 import metrics
 from si import sample_chains
 from sinkhorn import relative_eps, sinkhorn_divergence
-from support.command import check_written_files, load_named, run_command
+from support.command import check_written_files, exit_status, load_named, parse
 from support.data import pick_questions
 from support.errors import InputError
-from support.files import load_principles, write_numbers
+from support.files import load_principles
 from support.prefix import head
 from support.prompts import prompt_limit
 from support.report import _layer_plot, print_geometry, write_plot
 from support.scoring import block_side
 from support.settings import MAX_SEED, DatasetConfig, check_bounds, option
+from support.writing import write_json
 
 CLOUD = 512  # points of a Sinkhorn divergence
 HIDDEN_ROWS = 2**26  # elements of the hidden states of all layers that one forward makes: 256 MB
@@ -174,7 +177,7 @@ def run_geometry(config: GeometryConfig) -> None:
     """Everything that `python geometry.py` does: the file first, then the report, then the plot."""
     summary = compare_models(config, load_principles(config.principles), pick_questions(config))
     if config.json:
-        write_numbers(config.json, {"command": "geometry", "settings": asdict(config), **summary})
+        write_json(config.json, {"command": "geometry", "settings": asdict(config), **summary})
     print_geometry(summary, config)
     if config.json:
         print(f"{config.json}: all numbers")
@@ -183,9 +186,8 @@ def run_geometry(config: GeometryConfig) -> None:
 
 
 def main(argv=None) -> int:
-    return run_command(GeometryConfig, run_geometry, __doc__.partition("\n")[0], argv)
+    return exit_status(lambda: run_geometry(parse(argv, GeometryConfig)))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows ASCII only
     sys.exit(main())

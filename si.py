@@ -8,6 +8,8 @@ principle, and each is scored under all principles; metrics.py has the estimator
 settings, sampling and scoring, figures, selection, new principles, the command, the report.
 """
 
+import support  # isort: skip  # noqa: F401  (before torch: see there)
+
 import functools
 import itertools
 import math
@@ -26,15 +28,16 @@ import metrics
 from grpo import TAGS, format_reward
 from support import answers, sampling, tiny
 from support.answers import answer_is_right, cot_mask
-from support.command import check_written_files, load_named, run_command
+from support.command import check_written_files, exit_status, load_named, parse
 from support.data import pick_questions
 from support.errors import InputError
-from support.files import Principle, load_principles, save_principles, write_numbers
+from support.files import Principle, load_principles, save_principles
 from support.prompts import build_messages, encode_after, encode_prompts, eos_ids, prompt_limit
 from support.report import _heat_map, print_si, write_plot
 from support.sampling import uniform_numbers
 from support.scoring import hidden_states, log_probs
 from support.settings import MAX_SEED, DatasetConfig, check_bounds, option
+from support.writing import write_json
 
 MAX_SCORED_ALL = 16  # principles; of more, each CoT meets MAX_SCORED_ALL - 1 sampled others
 SAMPLED_ROWS = 128  # completions sampled together
@@ -453,7 +456,7 @@ def run_si(config: SiConfig) -> None:
         summary["selection"] = summarise_selection(scores, summary["pool"], principles, config.select)
         chosen = summary["selection"]["indices"]
     if config.json:
-        write_numbers(config.json, {"command": "si", "settings": asdict(config), **summary})
+        write_json(config.json, {"command": "si", "settings": asdict(config), **summary})
     if config.out:
         save_principles(config.out, [principles[i] for i in chosen])
     print_si(summary, config)
@@ -466,7 +469,7 @@ def run_si(config: SiConfig) -> None:
 
 
 def main(argv=None) -> int:
-    return run_command(SiConfig, run_si, __doc__.partition("\n")[0], argv)
+    return exit_status(lambda: run_si(parse(argv, SiConfig)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -474,5 +477,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows ASCII only
     sys.exit(main())

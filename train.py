@@ -18,6 +18,8 @@ is a mean over questions of what each gives alone:
 In order: the loop, a batch, the losses, evaluation. What surrounds the loop is run.py.
 """
 
+import support  # isort: skip  # noqa: F401  (before torch: see there)
+
 import copy
 import math
 import random
@@ -33,9 +35,9 @@ from metrics import column_information, information, interval, mutual_informatio
 from sinkhorn import relative_eps, sinkhorn_divergence
 from support import answers, memory, parallel, sampling, tiny
 from support.answers import answer_is_right, cot_mask
-from support.command import outcome, parse
+from support.command import exit_status, parse
 from support.data import Data, load_data
-from support.errors import check_finite, diverging
+from support.errors import check_finite
 from support.files import Principle, Question
 from support.model import add_lora, has_bf16, load_model
 from support.preferences import evaluate_pairs, preference_loss
@@ -51,12 +53,13 @@ def loop(run: Run, model, reference, tokenizer, optimizer, schedule, data: Data,
     for step in run.steps():
         if run.evaluation_due():
             run.record_evaluation(evaluate(model, reference, tokenizer, data, config))
+        step.start_clock()
         if data.principles:
             tasks = draw(data.questions, data.principles, config, step.number)
-            step.tasks = tasks[parallel.share(len(tasks))]
-            step.batch = sample(model, tokenizer, step.tasks, config.num_generations, config)
+            tasks = tasks[parallel.share(len(tasks))]
+            step.batch = sample(model, tokenizer, tasks, config.num_generations, config)
             add_rewards(step.batch, config, model)
-            step.lap("seconds_sampling")
+            step.log_seconds("seconds_sampling")
             step.batch.start = read_start(model, reference, step.batch, config) if config.needs_start else None
         step.pairs = data.next_pairs(step.number, config.num_pairs)
         update(model, optimizer, step, config)
@@ -119,7 +122,7 @@ def train(config: Config) -> Path:
     )
     schedule = make_schedule(optimizer, config)
     run = Run(directory, config, model, tokenizer, optimizer, schedule, data)
-    with run.guarded():  # a number that is not finite leaves failure/; a full disk is one line
+    with run.catching():  # a signal saves and ends the run; a full disk is one line
         loop(run, model, reference, tokenizer, optimizer, schedule, data, config)
         run.finish()
     return directory
@@ -283,7 +286,6 @@ def read_start(model, reference, batch: Batch, config: Config) -> Reading:
 # The losses
 
 
-@diverging()
 def losses(now: Reading, batch: Batch, config: Config):
     """(loss, terms by name), means over questions. A new loss is a function, and a line here."""
     terms = policy_terms(now, batch, config)
@@ -394,10 +396,9 @@ def evaluate_tasks(model, reference, tokenizer, tasks: list[Task], config: Confi
 
 
 def main(argv=None) -> int:
-    """Train by the command line; returns the exit status, see outcome."""
-    return outcome(lambda: train(parse(argv)))
+    """Train by the command line; returns the exit status."""
+    return exit_status(lambda: train(parse(argv)))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # an emoji must not end a run on an ASCII terminal
     sys.exit(main())

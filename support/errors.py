@@ -1,7 +1,5 @@
 """InputError: a user's mistake, in one line. NotFinite: training has diverged."""
 
-import contextlib
-
 import torch
 
 
@@ -14,23 +12,14 @@ class InputError(ValueError):
 
 
 class NotFinite(FloatingPointError):
-    """Training has diverged: a number is not finite. `terms` are those of the loss, where known."""
-
-    def __init__(self, message: str, terms: dict | None = None):
-        super().__init__(message)
-        self.terms = {name: float(torch.as_tensor(value).detach()) for name, value in (terms or {}).items()}
+    """A number that training needs is not finite."""
 
 
 def check_finite(name: str, tensor, terms: dict | None = None) -> None:
-    """Raises NotFinite where `tensor` holds a number that is not finite."""
-    if not tensor.isfinite().all():
-        raise NotFinite(f"{name} is {tensor.item() if tensor.numel() == 1 else 'not finite'}", terms)
-
-
-@contextlib.contextmanager
-def diverging():
-    """Turns the ValueError of a loss without a finite value into NotFinite."""
-    try:
-        yield
-    except ValueError as error:
-        raise NotFinite(str(error)) from None
+    """Raises NotFinite where `tensor` holds a number that is not finite; names the terms at fault."""
+    if tensor.isfinite().all():
+        return
+    values = {term: torch.as_tensor(value) for term, value in (terms or {}).items()}
+    broken = [term for term, value in values.items() if not value.isfinite().all() and term != "loss"]
+    where = f", and so {'is' if len(broken) == 1 else 'are'} {', '.join(broken)}" if broken else ""
+    raise NotFinite(f"{name} is {tensor.item() if tensor.numel() == 1 else 'not finite'}{where}")

@@ -16,7 +16,7 @@ import torch
 from grpo import format_reward
 from infopo import dpo_loss, infopo_loss, sequence_logp
 from support.answers import answer_is_right, decode
-from support.errors import InputError, diverging
+from support.errors import InputError
 from support.files import answer_of, printable, refuse_near_names, rows_of, short, text_of
 from support.prompts import encode_texts, eos_ids, prompt_limit, refuse_control, render_prompts, turn_end
 from support.sampling import sample, uniform_numbers
@@ -172,7 +172,6 @@ def with_reference(model, pairs: Pairs, temperature) -> Pairs:
     return replace(pairs, ref_logp=torch.cat([pair_logp(model, part, temperature) for part in parts]))  # [P, 2]
 
 
-@diverging()
 def preference_loss(model, pairs: Pairs, config):
     """(loss, terms), means over pairs. The weight is lambda_pref beside principles, and 1 alone."""
     logp = pair_logp(model, pairs, config.temperature)  # [P, 2]

@@ -84,14 +84,17 @@ def test_one_process_writes_and_speaks(runs):
 def test_a_process_that_dies_ends_the_other_with_the_reason(tmp_path):
     script = tmp_path / "dies.py"  # without the training around it, which takes twice as long to import
     script.write_text(
-        "import os, sys, parallel, run\n"
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from support import parallel\n"
+        "from support.command import exit_status\n"
         "def command():\n"
         "    parallel.start()\n"
         "    parallel.total({'steps': 1})\n"
         "    if parallel.rank() == 1:\n"
         "        os._exit(9)\n"
         "    parallel.total({'steps': 2})\n"
-        "sys.exit(outcome(command))\n"
+        "sys.exit(exit_status(command))\n"
     )
     begun = time.time()
     process = start_two(script)

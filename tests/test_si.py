@@ -4,7 +4,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import random
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from test_metrics import channel, draw_scores
 import metrics
 import si
 from support import answers, tiny
-from support.files import load_principles, save_principles, write_numbers
+from support.files import load_principles, save_principles
 from support.model import load_model
 from support.prompts import build_messages, encode_prompts, eos_ids
 from support.report import write_plot
@@ -320,22 +319,6 @@ def test_a_pool_is_scored_against_sampled_negatives_and_selected_on_all_pairs(ru
     assert len(result["pool"]) == 4 and set(result["selection"]["indices"]) <= set(result["pool"])
     assert "at most log 3" in capsys.readouterr().out
     assert run(*FEW, "--num-negatives", "1")["candidates"] == 2
-
-
-def test_an_interrupted_run_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "si.json"
-    path.write_text("old")
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", stop)
-    with pytest.raises(KeyboardInterrupt):
-        write_numbers(path, {"a": 1})
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    monkeypatch.undo()
-    write_numbers(path, {"a": math.nan, "b": [math.inf, 1.5]})
-    assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.5]}
 
 
 def test_a_missing_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
