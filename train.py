@@ -69,12 +69,13 @@ def update(model, optimizer, batch, targets, step, config: Config) -> None:
     """One optimiser step for each pass over the completions."""
     for _ in range(config.num_iterations):
         figures = []
-        for part, share in micro_batches(len(batch.tasks), config.rows_at_once // config.rows_per_question):
-            some, its_targets = take(batch, part), take(targets, part)
-            outputs = read(model, some, its_targets.ot_tokens, config, config.mi_generations if config.lambda_mi else 0)
-            loss, terms = losses(outputs, some, its_targets, config)
+        for cut, share in micro_batches(len(batch.tasks), config.rows_at_once // config.rows_per_question):
+            part, fixed = take(batch, cut), take(targets, cut)
+            outputs = read(model, part, fixed.ot_tokens, config, config.mi_generations if config.lambda_mi else 0)
+            loss, terms = losses(outputs, part, fixed, config)
             figures.append(backward(loss, terms, share))
-            step.scores.append(outputs.scores)  # of some completions, for the log
+            if outputs.scores is not None:  # for the log
+                step.scores.append(outputs.scores.detach())
         step.passes.append(descend(model, optimizer, figures, step.learning_rate, config.max_grad_norm))
 
 
@@ -153,10 +154,10 @@ class Targets:
     reference_states: torch.Tensor | None  # [Q, n, d] by the frozen reference, with --lambda-ot
 
 
-def take(table, part: slice):
-    """Some questions of a Batch or Targets, all of whose fields have the questions first."""
+def take(table, cut: slice):
+    """Some questions of a Batch or of Targets, all of whose fields have the questions first."""
     values = {field.name: getattr(table, field.name) for field in fields(table)}
-    return replace(table, **{name: value[part] for name, value in values.items() if value is not None})
+    return replace(table, **{name: value[cut] for name, value in values.items() if value is not None})
 
 
 def draw(questions: list, principles: list, config: Config, step: int) -> list[Task]:
@@ -205,18 +206,14 @@ def read(model, batch: Batch, ot_tokens, config: Config, generations: int = 0) -
 
 @torch.no_grad()
 def make_targets(model, reference, batch: Batch, rewards: "Rewards", config: Config) -> Targets:
-    """What the passes over a batch compare the policy with: one forward pass of the frozen reference."""
+    """What the passes over a batch hold fixed; it takes a forward pass of the frozen reference."""
     ot_tokens, ot_weights = choose_ot_tokens(batch, config)  # [Q, n] both
-    several = config.num_iterations > 1  # after a pass the policy is another than the one that sampled
-    logp, states = read_reference(model, reference, batch, ot_tokens, config) if config.needs_reference else (None, None)
-    return Targets(
-        advantages=rewards.advantages,
-        old_logp=read(model, batch, ot_tokens, config).logp if several else None,
-        ot_tokens=ot_tokens,
-        ot_weights=ot_weights,
-        reference_logp=logp,
-        reference_states=states,
-    )
+    old_logp = reference_logp = reference_states = None
+    if config.num_iterations > 1:  # after the first pass the policy is another one than sampled
+        old_logp = read(model, batch, ot_tokens, config).logp  # [Q, K, G, T]
+    if config.needs_reference:
+        reference_logp, reference_states = read_reference(model, reference, batch, ot_tokens, config)
+    return Targets(rewards.advantages, old_logp, ot_tokens, ot_weights, reference_logp, reference_states)
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ class Step:
     number: int = 0
     learning_rate: float = 0.0
     passes: list = field(default_factory=list)  # of each step of the optimiser: its figures, see steps.combine
-    scores: list = field(default_factory=list)  # of each micro-batch: [q, N, K, K], or None
+    scores: list = field(default_factory=list)  # of each micro-batch, with --lambda-mi: [q, N, K, K]
     figures: dict = field(default_factory=dict)  # what else is logged, by name
     samples: list = field(default_factory=list)  # rows of samples.jsonl
     clock: float = field(default_factory=time.perf_counter)
@@ -63,8 +63,8 @@ class Step:
         """Log what train.Batch and train.Rewards hold; scores: [Q, G, K, K] of --mi-reward."""
         figures = batch_figures(batch, rewards, scores)
         self.figures |= combine(parallel.gather(figures))
-        shown = [scores, *self.scores][scores is None]
-        self.samples = sample_rows(batch, rewards, shown)
+        known = self.scores if scores is None else [scores]
+        self.samples = sample_rows(batch, rewards, known[0] if known else None)
 
 
 class Run:
