@@ -129,7 +129,7 @@ def resume_config(kind: type, given: dict):
     return config
 
 
-def go_on(run_dir: Path, config, weights: dict, optimizer, schedule, state: dict) -> None:
+def go_on(run_dir: Path, config, weights: dict, optimizer, state: dict) -> None:
     """Restore everything from the checkpoint config.resume, and record which settings have changed.
 
     state: that of `start_state`; its step and evaluations become those of the checkpoint.
@@ -143,10 +143,7 @@ def go_on(run_dir: Path, config, weights: dict, optimizer, schedule, state: dict
     parallel.gather(None)  # all have read
     if parallel.rank() == 0:
         checkpoint.rewind(run_dir, stored)
-    if step := stored["step"]:
-        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step - 1, "_step_count": step + 1})
-        schedule.step()  # sets the learning rate of the next step
-    past = stored["settings"]
+    step, past = stored["step"], stored["settings"]
     changed = {name: value for name, value in state["settings"].items() if past.get(name, value) != value}
     record = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     record["settings"] = {**asdict(config), "resume": None}

@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -31,17 +31,19 @@ import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from metrics import information, sufficiency
+from metrics import sufficiency
 from support import checkpoint, parallel, resume
 from support.data import Data, example_prompt
 from support.errors import InputError, NotFinite
 from support.files import save_principles
-from support.model import save_model
-from support.preferences import Pairs
+from support.model import has_bf16, save_model
+from support.prompts import set_date
 from support.report import NO_FORMAT, draw_run, model_card, report, warnings_for, write_plot
-from support.settings import flag
+from support.settings import DEFAULT_BETA, flag
+from support.steps import COUNTS, Step, combine, learning_rates
 from support.writing import append_json, write_json
 
+SMALL_MODEL = 10_000_000  # parameters; below it a model learns at a higher rate, and bfloat16 on a CPU saves nothing
 STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # Ctrl-C; containers; schedulers of clusters
 ONE_REQUEST = 1.0  # seconds; what comes within them of the first signal is the same request, sent to a group as well
 
@@ -50,42 +52,21 @@ class Stopped(BaseException):
     """The signal of this number asks the run to stop. It is no Exception, so nothing takes it for an error."""
 
 
-@dataclass
-class Step:
-    """What a step has so far. The log is written from it."""
-
-    number: int = 0
-    batch: object = None  # train.Batch
-    pairs: Pairs | None = None
-    passes: list = field(default_factory=list)  # of each pass over the batch: its terms, by name
-    scores: list = field(default_factory=list)  # of each micro-batch: [q, N, K, K]
-    terms: dict = field(default_factory=dict)  # what else is logged, by name
-    clock: float = field(default_factory=time.perf_counter)
-
-    def start_clock(self) -> None:
-        """What came before, an evaluation, does not count for the step."""
-        self.clock = time.perf_counter()
-
-    def log_seconds(self, name: str) -> None:
-        """Log under `name` the seconds since this was last called, or since the clock was started."""
-        time_now = time.perf_counter()
-        self.terms[name], self.clock = time_now - self.clock, time_now
-
-
 class Run:
     """A run on disk and on the terminal. Under torchrun only process 0 writes and prints."""
 
-    def __init__(self, directory: Path, config, model, tokenizer, optimizer, schedule, data):
+    def __init__(self, directory: Path, config, model, reference, tokenizer, optimizer, data):
         """Start the directory; with --resume, restore everything from the checkpoint instead."""
         self.directory, self.config, self.writer = directory, config, parallel.rank() == 0
-        self.model, self.tokenizer, self.optimizer, self.data = model, tokenizer, optimizer, data
+        self.model, self.reference, self.tokenizer = model, reference, tokenizer
+        self.optimizer, self.data, self.rates = optimizer, data, learning_rates(config)
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.state = resume.start_state(config, model, tokenizer, data)
         self.step, self.streaks, self.bar = Step(), Counter(), None
         self.signal, self.signal_time, self.between_steps, self.saved = 0, 0.0, True, None
         optimizer.register_step_pre_hook(lambda *_: self._leave_the_last_step())
         if config.resume:
-            resume.go_on(directory, config, self.weights, optimizer, schedule, self.state)
+            resume.go_on(directory, config, self.weights, optimizer, self.state)
         elif self.writer:
             write_config(directory, config, data, model.device)
             if data.principles:
@@ -119,7 +100,7 @@ class Run:
         left, hidden = range(first, total), not self.writer
         self.bar = tqdm(left, "training", total, initial=first, dynamic_ncols=True, disable=hidden)
         for number in self.bar:
-            self.step = Step(number)
+            self.step = Step(number, self.rates[number])
             yield self.step
 
     def evaluation_due(self) -> bool:
@@ -162,12 +143,14 @@ class Run:
     def log(self, step: Step) -> None:
         """Write to metrics.jsonl and samples.jsonl; update the progress bar; print warnings."""
         step.log_seconds("seconds_training")
-        terms = {name: sum(one[name] for one in step.passes) / len(step.passes) for name in step.passes[0]}
-        terms |= step.terms
-        if step.batch:
-            terms |= batch_terms(step.batch, terms, self.config)
-            for row in sample_rows(step.batch, step.scores or [step.batch.scores]):
-                append_json(self.directory / "samples.jsonl", {"step": step.number + 1, **row})
+        terms = combine(step.passes) | step.figures
+        if step.samples:
+            for phase in ("sampling", "training"):
+                terms[f"tokens_per_second_{phase}"] = terms["tokens"] / terms[f"seconds_{phase}"]
+        terms = {name: value for name, value in terms.items() if name not in COUNTS}
+        terms["learning_rate"] = step.learning_rate
+        for row in step.samples:
+            append_json(self.directory / "samples.jsonl", {"step": step.number + 1, **row})
         if "mi_row" in terms:
             terms["mi_ceiling"] = math.log(self.config.num_principles)
             terms["si"] = sufficiency(terms["mi_row"], self.config.num_principles)
@@ -238,34 +221,24 @@ def catch_signals(handler):
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def batch_terms(batch, terms: dict, config) -> dict:
-    """What is logged of the batch of all processes beside its losses."""
-    spread = batch.rewards.amax(-1) - batch.rewards.amin(-1)  # [Q, K]
-    means = {
-        "reward": batch.rewards.mean().item(),
-        "zero_variance_groups": (spread == 0).float().mean().item(),
-        "completion_length": batch.mask.sum(-1).float().mean().item(),
-        "truncated": batch.truncated.float().mean().item(),
-        "entropy": batch.entropy.mean().item(),
-    }
-    if batch.scores is not None:
-        means["format"] = batch.formats.mean().item()
-        means["mi_row"] = information(batch.scores.flatten(0, 1)).mean().item()
-    share = len(batch) / config.num_questions  # of the batch that this process has
-    tokens = parallel.total({"tokens": batch.mask.sum().item()})["tokens"]
-    speed = {f"tokens_per_second_{phase}": tokens / terms[f"seconds_{phase}"] for phase in ("sampling", "training")}
-    return parallel.total({name: share * value for name, value in means.items()}) | speed
+def settle(config, model, tokenizer) -> None:
+    """Give every setting that was left out its value, but for the two that memory.fit decides.
 
-
-def sample_rows(batch, scores) -> list[dict]:
-    """One completion of the first question under each of its principles, for samples.jsonl."""
-    task, rows = batch.tasks[0], []
-    for i, principle in enumerate(task.principles):
-        row = {"question": task.question.text, "principle": principle.text, "completion": batch.texts[0][i][0]}
-        under = [] if scores[0] is None else scores[0][0, 0, i].tolist()  # K
-        by_principle = {p.id: round(score, 3) for p, score in zip(task.principles, under)}
-        rows.append({**row, "reward": batch.rewards[0, i, 0].item(), "scores": by_principle or None})
-    return rows
+    A default may hang on other flags, on the machine, or on the size of the model.
+    """
+    small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
+    if config.learning_rate is None:
+        config.learning_rate = (7e-4 if config.principles else 1e-4) if small else 1e-5
+    if config.bf16 is None:  # a small model does not gain by it on a CPU
+        config.bf16 = has_bf16(model.device) and (model.device.type == "cuda" or not small)
+    if config.mi_generations is None:
+        config.mi_generations = config.num_generations
+    if config.beta is None:
+        config.beta = DEFAULT_BETA if config.preferences else 0.0
+    if config.epsilon_high is None:
+        config.epsilon_high = config.epsilon
+    config.date = set_date(tokenizer, parallel.gather(set_date(tokenizer, config.date))[0])  # of process 0
+    model.bf16 = config.bf16
 
 
 def choose_directory(config) -> Path:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kill  # noqa: E402
 
+
 @pytest.fixture(autouse=True, scope="module")
 def no_plot():
     """Drawing one takes longer than a small run; test_run.py does."""
