@@ -37,7 +37,7 @@ from support import tiny  # noqa: E402
 from support.prompts import (
     build_messages,  # noqa: E402
     )
-from support.run import Step  # noqa: E402
+from support.steps import Step  # noqa: E402
 
 VARIANTS = {
     "GRPO": ["--lambda-mi", "0", "--lambda-ot", "0"],

@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
-from support.run import Run
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -49,6 +46,8 @@ def one_line(capsys):
 @pytest.fixture(scope="session")
 def never_stopped(flags, tmp_path_factory):
     """The directory of that run."""
+    import train  # here: a test of one concept alone need not wait for the libraries
+
     run_dir = tmp_path_factory.mktemp("runs") / "never-stopped"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("support.run.write_plot", lambda *_: None)
@@ -59,6 +58,9 @@ def never_stopped(flags, tmp_path_factory):
 @pytest.fixture(scope="session")
 def stopped(flags, tmp_path_factory):
     """The same run, sent a SIGTERM in its third step, when the weights have changed."""
+    import train
+    from support.run import Run
+
     run_dir, log = tmp_path_factory.mktemp("runs") / "stopped", Run.log
 
     def log_and_signal(run, step):
