@@ -26,7 +26,7 @@ from support.errors import InputError
 from support.files import load_principles, write_numbers
 from support.prefix import head
 from support.prompts import prompt_limit
-from support.report import _layer_plot, print_geometry, write_plot
+from support.report import layer_plot, print_geometry, write_plot
 from support.scoring import block_side
 from support.settings import MAX_SEED, DatasetConfig, check_bounds, option
 
@@ -178,7 +178,7 @@ def run_geometry(config: GeometryConfig) -> None:
     print_geometry(summary, config)
     if config.json:
         print(f"{config.json}: all numbers")
-        if plot := write_plot(config.json, lambda plt: _layer_plot(plt, summary)):
+        if plot := write_plot(config.json, lambda plt: layer_plot(plt, summary)):
             print(f"{plot}: the plot")
 
 

@@ -388,8 +388,8 @@ def _warn_unless_converged(info, eps, tol):
     """Warns at the first line outside this file."""
     if not info.converged:
         error, level = info.marginal_error.max().item(), 1 + sum(f.filename == __file__ for f in inspect.stack(0))
-        warnings.warn(f"Sinkhorn stopped after {info.iterations} iterations at marginal error {error:.1e} > tol "
-                      f"{tol:.1e} (smallest eps {eps.min().item():.1e}): raise eps, max_iter or tol", RuntimeWarning, level)
+        text = f"Sinkhorn stopped after {info.iterations} iterations at marginal error {error:.1e} > tol {tol:.1e}"
+        warnings.warn(f"{text} (least eps {eps.min().item():.1e}): raise eps, max_iter or tol", RuntimeWarning, level)
 
 
 def _require(condition, message, got=None):

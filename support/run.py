@@ -28,7 +28,7 @@ import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from metrics import information, sufficiency
+from metrics import mutual_information, share_of_ceiling
 from support import checkpoint, parallel
 from support.data import Data, example_prompt
 from support.errors import InputError, NotFinite
@@ -159,7 +159,7 @@ class Run:
             append_json(self.directory / "samples.jsonl", {"step": step.number + 1, **row})
         if "mi_row" in terms:
             terms["mi_ceiling"] = math.log(self.config.num_principles)
-            terms["si"] = sufficiency(terms["mi_row"], self.config.num_principles)
+            terms["si"] = share_of_ceiling(terms["mi_row"], self.config.num_principles)
         append_json(self.directory / "metrics.jsonl", {"step": step.number + 1, **terms})
         shown = ("reward", "format", "si", "loss_ot", "pair_margin", "pair_accuracy")
         self.bar.set_postfix({name: f"{terms[name]:.2f}" for name in shown if name in terms})
@@ -191,7 +191,7 @@ def batch_figures(batch, rewards, scores=None) -> dict:
     }
     if scores is not None:
         figures["format"] = rewards.formats.mean().item()
-        figures["mi_row"] = information(scores.flatten(0, 1)).mean().item()
+        figures["mi_row"] = mutual_information(scores.flatten(0, 1)).row.item()
     return figures
 
 

@@ -16,7 +16,7 @@ import random
 import torch
 import transformers
 
-from metrics import interval, sufficiency_interval
+from metrics import interval, si_interval
 from support import parallel
 from support.errors import InputError, check_finite
 
@@ -126,6 +126,6 @@ def gather_evaluation(parts: list, num_principles: int | None = None) -> dict:
     columns = {name: torch.cat([values[name] for values, _ in everywhere]) for name in everywhere[0][0]}  # [N] each
     result = {name: interval(column) for name, column in columns.items() if len(column)}
     if num_principles:
-        result["si"] = sufficiency_interval(columns["mi_row"], num_principles)
+        result["si"] = si_interval(columns["mi_row"], num_principles)
     first = next(iter(columns.values()))
     return {"questions": len(first), **result, "example": everywhere[0][1]}

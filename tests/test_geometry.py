@@ -180,7 +180,7 @@ def test_a_plot_that_fails_is_one_line_and_the_numbers_stay(tmp_path, monkeypatc
     def broken(*_):
         raise RuntimeError("latex could not be found")
 
-    monkeypatch.setattr("geometry._layer_plot", broken)
+    monkeypatch.setattr("geometry.layer_plot", broken)
     flags = ["--num-questions", "1", "--num-tokens", "60", "--max-completion-length", "8", "--json", str(tmp_path / "g.json")]
     assert geometry.main(["--base", "tiny", "--trained", "tiny", "--principles", PRINCIPLES, *flags]) == 0
     shown = capsys.readouterr()
