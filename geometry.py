@@ -14,7 +14,6 @@ import sys
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import metrics
@@ -27,12 +26,11 @@ from support.files import load_principles, write_numbers
 from support.prefix import head
 from support.prompts import prompt_limit
 from support.report import layer_plot, print_geometry, write_plot
-from support.scoring import block_side
+from support.scoring import block_side, layer_states
 from support.settings import MAX_SEED, DatasetConfig, check_bounds, option
 
 CLOUD = 512  # points of a Sinkhorn divergence
 SAMPLED_ROWS = 128  # completions sampled together
-HIDDEN_ELEMENTS = 2**26  # of the hidden states of all layers that one forward makes: 256 MB
 
 
 @dataclass
@@ -60,7 +58,7 @@ class GeometryConfig(DatasetConfig):
 
 
 @torch.no_grad()
-def sample_completions(model, tokenizer, template, prompts, config) -> list[list[int]]:
+def sample_completions(model, tokenizer, prompts, config) -> list[list[int]]:
     """A completion of each prompt, as token ids: temperature 1, no top-k or top-p."""
     completions = []
     for start in tqdm(range(0, len(prompts), SAMPLED_ROWS), desc="sampling", dynamic_ncols=True):
@@ -69,30 +67,6 @@ def sample_completions(model, tokenizer, template, prompts, config) -> list[list
         out, _ = sampling.write(model, tokenizer, block, names, 1, config.max_completion_length, temperature=1.0)
         completions += [tokens[mask].tolist() for tokens, mask in zip(out.tokens[:, 0], out.mask[:, 0])]
     return completions
-
-
-@torch.no_grad()
-def layer_states(model, prompts, completions, picked):
-    """Hidden states [L + 1, n, d] of all layers at n positions; 0: embeddings, L: after the norm.
-
-    prompts and completions: R lists of token ids; picked: n pairs (row, t), sorted, some of every
-    row: the position that predicts token t of that row's completion. The result is on the CPU.
-    """
-    rows = [p + c[:-1] for p, c in zip(prompts, completions)]
-    longest = max(map(len, rows))
-    layers, width = model.config.get_text_config().num_hidden_layers + 1, model.get_output_embeddings().weight.shape[1]
-    size = max(1, HIDDEN_ELEMENTS // (longest * layers * width))
-    parts = []
-    for start in range(0, len(rows), size):
-        block = [torch.tensor(row) for row in rows[start : start + size]]
-        ids = pad_sequence(block, batch_first=True).to(model.device)  # [r, T] padded on the right, where no token looks
-        mask = pad_sequence([torch.ones_like(row) for row in block], batch_first=True).to(ids.device)  # [r, T]
-        out = model.get_decoder()(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-        here = [(r - start, len(prompts[r]) - 1 + t) for r, t in picked if start <= r < start + size]
-        row, position = torch.tensor(here, device=ids.device).T  # [n'], [n']
-        states = torch.stack([layer[row, position] for layer in out.hidden_states])  # [L + 1, n', d]
-        parts.append(states.float().cpu())
-    return torch.cat(parts, 1)  # [L + 1, n, d]
 
 
 def compare_layer(base, trained, labels, num_principles: int, seed: int = 0) -> dict:
@@ -168,7 +142,7 @@ def compare_models(config) -> dict:
     num_principles = len(principles)
     print(f"{len(questions)} questions x {num_principles} principles: {len(prompts)} completions to sample from "
           f"{config.trained}; each goes through both models twice, under its own principle and another", flush=True)
-    completions = sample_completions(trained, tokenizer, template, prompts, config)  # R
+    completions = sample_completions(trained, tokenizer, prompts, config)  # R
     picked, elsewhere = pick_tokens(completions, num_principles, config)
     owners, labels = torch.tensor([divmod(row, num_principles) for row, _ in picked]).T  # [n] question and principle
     elsewhere = [prompts[row] for row in elsewhere]  # R
