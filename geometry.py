@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import metrics
 from sinkhorn import relative_eps, sinkhorn_divergence
-from support import sampling
+from support.chains import sample_chains
 from support.command import check_written_files, load_named, run_command
 from support.data import pick_questions
 from support.errors import InputError
@@ -30,7 +30,6 @@ from support.scoring import block_side, layer_states
 from support.settings import MAX_SEED, DatasetConfig, check_bounds, option
 
 CLOUD = 512  # points of a Sinkhorn divergence
-SAMPLED_ROWS = 128  # completions sampled together
 
 
 @dataclass
@@ -55,18 +54,6 @@ class GeometryConfig(DatasetConfig):
         """Raises InputError for the first value that cannot be used."""
         check_bounds(self)
         check_written_files(self, json=".json")
-
-
-@torch.no_grad()
-def sample_completions(model, tokenizer, prompts, config) -> list[list[int]]:
-    """A completion of each prompt, as token ids: temperature 1, no top-k or top-p."""
-    completions = []
-    for start in tqdm(range(0, len(prompts), SAMPLED_ROWS), desc="sampling", dynamic_ncols=True):
-        block = prompts[start : start + SAMPLED_ROWS]
-        names = [f"{config.seed} chain {n}" for n in range(start, start + len(block))]
-        out, _ = sampling.write(model, tokenizer, block, names, 1, config.max_completion_length, temperature=1.0)
-        completions += [tokens[mask].tolist() for tokens, mask in zip(out.tokens[:, 0], out.mask[:, 0])]
-    return completions
 
 
 def compare_layer(base, trained, labels, num_principles: int, seed: int = 0) -> dict:
@@ -142,7 +129,8 @@ def compare_models(config) -> dict:
     num_principles = len(principles)
     print(f"{len(questions)} questions x {num_principles} principles: {len(prompts)} completions to sample from "
           f"{config.trained}; each goes through both models twice, under its own principle and another", flush=True)
-    completions = sample_completions(trained, tokenizer, prompts, config)  # R
+    options = f"{config.seed} chain", config.max_completion_length, 1.0  # the temperature
+    completions = [chain.tokens for chain in sample_chains(trained, tokenizer, prompts, *options)]  # R
     picked, elsewhere = pick_tokens(completions, num_principles, config)
     owners, labels = torch.tensor([divmod(row, num_principles) for row, _ in picked]).T  # [n] question and principle
     elsewhere = [prompts[row] for row in elsewhere]  # R

@@ -8,8 +8,8 @@ principle, and each is scored under all of these; metrics.py has the estimators.
 than 16 principles every question draws 16, as training draws its K: SI and MI are then those of 16
 principles, and MI is a lower bound of that of the whole pool.
 
-In order: settings, sampling and scoring, figures, selection, the command. New principles are written
-in support/propose.py.
+In order: settings, the measurement, its figures, selection, the command. support/chains.py samples
+and scores, support/propose.py writes new principles.
 """
 
 import itertools
@@ -17,17 +17,14 @@ import math
 import random
 import sys
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import metrics
 from grpo import format_reward
-from support import sampling
-from support.answers import answer_is_right, cot_mask
+from support.answers import answer_is_right
+from support.chains import sample_chains, score_chains
 from support.command import check_written_files, load_named, run_command
 from support.data import pick_questions
 from support.errors import InputError
@@ -35,12 +32,9 @@ from support.files import load_principles, save_principles, write_numbers
 from support.prompts import prompt_limit
 from support.propose import propose
 from support.report import heat_map, print_si, write_plot
-from support.scoring import score_matrix
 from support.settings import MAX_SEED, DatasetConfig, check_bounds, option
 
 PER_QUESTION = 16  # the most principles that a question is measured under
-SAMPLED_ROWS = 128  # completions sampled together
-HIDDEN_ELEMENTS = 2**24  # of the hidden states of the completions that are scored together: 64 MB
 
 
 @dataclass
@@ -77,20 +71,7 @@ def check_pool(config, num_principles: int, num_questions: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Sampling and scoring
-
-
-class Chain(NamedTuple):
-    """A sampled completion, which begins with a chain of thought."""
-
-    text: str  # of the whole completion, without its end token
-    tokens: list[int]  # of the whole completion
-    cot_length: int  # its tokens through </reasoning>; all of them where that never comes
-    truncated: bool  # whether no end token came within --max-completion-length
-
-    @property
-    def closed(self) -> bool:
-        return "</reasoning>" in self.text
+# The measurement
 
 
 def draw_principles(num_principles: int, num_questions: int, seed: int):
@@ -108,77 +89,38 @@ def draw_principles(num_principles: int, num_questions: int, seed: int):
     return torch.stack(rows)  # [N, C]
 
 
-def measure(model, tokenizer, principles, questions, drawn, config, name="chain"):
+def measure(model, tokenizer, template, principles, questions, drawn, config, name="chain"):
     """A CoT to each question under each principle drawn for it, scored under all of these.
 
     drawn: see draw_principles; name: of the random numbers. Returns N lists of C chains, and scores
     [N, C, C].
     """
     limit = prompt_limit(model, config.max_completion_length)
-    prompts = [
-        config.form.encode(tokenizer, [(question.text, principles[i].text) for i in row], limit)
-        for question, row in zip(questions, drawn.tolist())
-    ]
-    rows, read = drawn.numel(), sum(len(prompt) for row in prompts for prompt in row)
-    print(f"{len(questions)} questions x {drawn.shape[1]} principles: {rows} chains of thought to sample, "
-          f"{rows * drawn.shape[1]} sequences to score; through the model go 2 x {read} tokens of prompts and at most "
-          f"{rows * (drawn.shape[1] + 1) * config.max_completion_length} of completions", flush=True)
-    chains = sample_chains(model, tokenizer, prompts, config, name)
+    pairs = [(question.text, principles[i].text) for question, row in zip(questions, drawn.tolist()) for i in row]
+    prompts = template.encode(tokenizer, pairs, limit)  # N·C
+    rows, per_question = drawn.numel(), drawn.shape[1]
+    print(f"{len(questions)} questions x {per_question} principles: {rows} chains of thought to sample, "
+          f"{rows * per_question} sequences to score; through the model go 2 x {sum(map(len, prompts))} tokens of "
+          f"prompts and at most {rows * (per_question + 1) * config.max_completion_length} of completions", flush=True)
+    options = config.max_completion_length, config.temperature, template.prefill
+    chains = sample_chains(model, tokenizer, prompts, f"{config.seed} {name}", *options)  # N·C
+    prompts, chains = ([flat[i : i + per_question] for i in range(0, rows, per_question)] for flat in (prompts, chains))
     return chains, score_chains(model, prompts, chains, config.temperature)
-
-
-@torch.no_grad()
-def sample_chains(model, tokenizer, prompts, config, name="chain") -> list[list[Chain]]:
-    """A completion of each prompt, no top-k or top-p: N lists of C prompts -> N lists of C."""
-    flat, chains = [prompt for row in prompts for prompt in row], []
-    for start in tqdm(range(0, len(flat), SAMPLED_ROWS), desc="sampling", dynamic_ncols=True):
-        block = flat[start : start + SAMPLED_ROWS]
-        names = [f"{config.seed} {name} {n}" for n in range(start, start + len(block))]
-        out, texts = sampling.write(
-            model, tokenizer, block, names, 1, config.max_completion_length, config.temperature, config.form.prefill
-        )
-        lengths = cot_mask(tokenizer, out.tokens, out.mask).sum(-1)  # [P, 1]
-        for n, (text,) in enumerate(texts):
-            tokens = out.tokens[n, 0][out.mask[n, 0]].tolist()
-            chains.append(Chain(text, tokens, int(lengths[n, 0]), bool(out.truncated[n, 0])))
-    per_question = len(prompts[0])
-    return [chains[i : i + per_question] for i in range(0, len(chains), per_question)]
-
-
-@torch.no_grad()
-def score_chains(model, prompts, chains, temperature, title="scoring"):
-    """Every CoT under all principles of its question: scores [N, C, C] on the CPU, nats.
-
-    prompts, chains: N lists of C. scores[n, i, j] is the log-probability of CoT i after prompt j.
-    """
-    per_question, longest = len(prompts[0]), max(chain.cot_length for row in chains for chain in row)
-    elements = per_question**2 * longest * model.get_output_embeddings().weight.shape[1]
-    size, parts = max(1, HIDDEN_ELEMENTS // elements), []  # questions at a time
-    for start in tqdm(range(0, len(prompts), size), desc=title, dynamic_ncols=True):
-        part = slice(start, start + size)
-        rows = [torch.tensor(chain.tokens[: chain.cot_length]) for row in chains[part] for chain in row]
-        tokens = pad_sequence(rows, batch_first=True).unflatten(0, (-1, per_question))[:, :, None]  # [Q, C, 1, T]
-        lengths = torch.tensor([len(row) for row in rows]).reshape(-1, per_question, 1, 1)  # [Q, C, 1, 1]
-        mask = torch.arange(tokens.shape[-1]) < lengths  # [Q, C, 1, T]
-        tokens, mask = tokens.to(model.device), mask.to(model.device)  # [Q, C, 1, T] both
-        scores = score_matrix(model, prompts[part], tokens, mask, mask, temperature, generations=1)[2]  # [Q, 1, C, C]
-        parts.append(scores[:, 0].float().cpu())  # [Q, C, C]
-    return torch.cat(parts)  # [N, C, C]
 
 
 # --------------------------------------------------------------------------------------------------
 # Figures
 
 
-def estimate_si(model, tokenizer, principles, sources, questions, config) -> tuple[dict, torch.Tensor]:
+def estimate_si(model, tokenizer, template, principles, sources, questions, config) -> tuple[dict, torch.Tensor]:
     """(all numbers of the report but the selection, scores [N, C, C])."""
     drawn = draw_principles(len(principles), len(questions), config.seed)  # [N, C]
     opposed = [(n, c) for n, row in enumerate(drawn.tolist()) for c, i in enumerate(row) if principles[i].negative]
     limit = prompt_limit(model, config.max_completion_length)  # an opposite that is too long is refused at once
-    opposites = config.form.encode(
+    opposites = template.encode(
         tokenizer, [(questions[n].text, principles[drawn[n, c]].negative) for n, c in opposed], limit
     )
-    chains, scores = measure(model, tokenizer, principles, questions, drawn, config)  # scores [N, C, C]
+    chains, scores = measure(model, tokenizer, template, principles, questions, drawn, config)  # scores [N, C, C]
     summary = summarise_si(principles, sources, questions, drawn, chains, scores)
     if opposed:
         alone = [[prompt] for prompt in opposites], [[chains[n][c]] for n, c in opposed]
@@ -274,7 +216,7 @@ def compare_negatives(principles, owners, own, under_negative) -> list[dict]:
 # Selection
 
 
-def select_principles(model, tokenizer, principles, questions, summary, scores, config) -> dict:
+def select_principles(model, tokenizer, template, principles, questions, summary, scores, config) -> dict:
     """The best --select of the pool, from scores [N, C, C]; of a large pool the best are measured again.
 
     A choice needs every principle beside every other, which a pool of more than PER_QUESTION has not.
@@ -286,7 +228,7 @@ def select_principles(model, tokenizer, principles, questions, summary, scores, 
         print(f"to select, the best {len(pool)} are measured again, now under each other")
         together = torch.arange(len(pool)).expand(len(questions), -1)  # [N, K']
         best = [principles[i] for i in pool]
-        _, scores = measure(model, tokenizer, best, questions, together, config, "best")  # [N, K', K']
+        _, scores = measure(model, tokenizer, template, best, questions, together, config, "best")  # [N, K', K']
     return {"pool": pool, **summarise_selection(scores, pool, principles, config.select)}
 
 
@@ -321,7 +263,7 @@ def run_si(config: SiConfig) -> None:
     """Everything that `python si.py` does, the files first, then the report, then the plot."""
     principles, questions = load_principles(config.principles), pick_questions(config)
     check_pool(config, len(principles) + (config.propose or 0), len(questions))
-    model, tokenizer = load_named("--model", config.model)
+    (model, tokenizer), template = load_named("--model", config.model), config.form
     sources = [config.principles] * len(principles)
     if config.propose:
         found = propose(model, tokenizer, principles, config.propose, config)
@@ -330,10 +272,10 @@ def run_si(config: SiConfig) -> None:
             principles, sources = [*principles, principle], [*sources, source]
             print(f"proposed {principle.id}: {principle.text} ({source})")
         check_pool(config, len(principles), len(questions))
-    summary, scores = estimate_si(model, tokenizer, principles, sources, questions, config)
+    summary, scores = estimate_si(model, tokenizer, template, principles, sources, questions, config)
     chosen = [row["index"] for row in summary["principles"]]
     if config.select:
-        arguments = principles, questions, summary, scores, config
+        arguments = template, principles, questions, summary, scores, config
         summary["selection"] = select_principles(model, tokenizer, *arguments)
         chosen = summary["selection"]["indices"]
     if config.json:

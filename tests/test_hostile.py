@@ -370,8 +370,8 @@ def stops(monkeypatch, tiny_model):
         return tiny_model if name == str(tiny.MODEL_DIR) else load_model(name, *args)
 
     monkeypatch.setattr(train, "load_data", read)
-    monkeypatch.setattr(si, "sample_chains", accept)
-    monkeypatch.setattr(geometry, "sample_completions", accept)
+    for module in (si, geometry):
+        monkeypatch.setattr(module, "sample_chains", accept)
     monkeypatch.setattr("support.model.load_model", load)
 
     def hangs(*args):

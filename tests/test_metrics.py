@@ -12,6 +12,7 @@ import train
 from infonce import mi_lower_bound, row_info_nce
 from support import settings, tiny
 from support.answers import _numbers, answer_is_right
+from support.chains import Chain
 
 
 def channel(num, letters, sharpness=1.5, seed=0):
@@ -87,7 +88,7 @@ def test_training_evaluation_and_si_show_one_number_for_the_same_scores():
     step = train.information_terms(scores.reshape(6, 4, 4, 4), settings.Config())  # [Q, G, K, K]
     logged = metrics.share_of_ceiling(float(step["mi_row"]), 4)
     evaluated = metrics.si_interval(metrics.information(scores).mean(1), 4)["mean"]
-    chain = si.Chain("<reasoning>a</reasoning><answer>1</answer>", [1], 1, False)
+    chain = Chain("<reasoning>a</reasoning><answer>1</answer>", [1], 1, False)
     drawn = torch.arange(4).expand(24, 4)  # [N, K]
     questions = tiny.make_questions(24, True)
     shown = si.summarise_si(tiny.principles()[:4], [""] * 4, questions, drawn, [[chain] * 4] * 24, scores)["set"]

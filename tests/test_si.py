@@ -18,6 +18,7 @@ import metrics
 import si
 from experiments.si_study import reach
 from support import answers, propose, tiny
+from support.chains import Chain, sample_chains, score_chains
 from support.files import load_principles, save_principles, write_numbers
 from support.model import load_model
 from support.prompts import build_messages, encode_prompts, eos_ids
@@ -145,7 +146,7 @@ def test_figures_of_a_principle_are_over_the_questions_that_drew_it():
     scores = torch.randn(5, 2, 2, generator=torch.Generator().manual_seed(0)) * 2
     questions = tiny.make_questions(4, True) + [dataclasses.replace(tiny.make_questions(1, True)[0], answer=None)]
     text = "<reasoning>a</reasoning><answer>{}</answer>"
-    chains = [[si.Chain(text.format(q.answer if c else "?"), [1] * (n + c + 2), n + c + 1, n == 0) for c in (0, 1)]
+    chains = [[Chain(text.format(q.answer if c else "?"), [1] * (n + c + 2), n + c + 1, n == 0) for c in (0, 1)]
               for n, q in enumerate(questions)]
     summary = si.summarise_si(tiny.principles()[:4], ["f"] * 4, questions, drawn, chains, scores)
     assert summary["per_question"] == 2 and summary["ceiling"] == math.log(2) and summary["chance"] == 0.5
@@ -220,8 +221,9 @@ def test_scores_equal_the_plain_forward(tiny_model):
     prompts = [
         encode_prompts(tokenizer, [build_messages(q.text, text) for text in texts]) for q in questions
     ]
-    chains = si.sample_chains(model, tokenizer, prompts, config("--max-completion-length", "40", "--temperature", "0.8", "--seed", "1"))
-    scores = si.score_chains(model, prompts, chains, 0.8)
+    flat = sample_chains(model, tokenizer, [prompt for row in prompts for prompt in row], "1 chain", 40, 0.8)
+    chains = [flat[i : i + 3] for i in range(0, 18, 3)]
+    scores = score_chains(model, prompts, chains, 0.8)
     kinds, table = set(), torch.zeros(6, 3, 3)
 
     def plain(prefix, ids):
@@ -238,7 +240,7 @@ def test_scores_equal_the_plain_forward(tiny_model):
         assert ("</reasoning>" in tokenizer.decode(cot)) == chain.closed
         assert chain.closed or cot == chain.tokens, "without </reasoning> all of it counts, an end token too"
     assert kinds >= {(True, False), (False, False), (False, True)}, f"closed, ended unclosed, cut: not all occur, {kinds}"
-    alone = si.score_chains(model, [[row[1]] for row in prompts], [[row[0]] for row in chains], 0.8)  # [6, 1, 1]
+    alone = score_chains(model, [[row[1]] for row in prompts], [[row[0]] for row in chains], 0.8)  # [6, 1, 1]
     torch.testing.assert_close(alone.flatten(), scores[:, 0, 1])
     estimate, (low, high) = metrics.sufficiency_index(table), metrics.bootstrap_interval(metrics.information(scores))
     assert (low - 1e-3 <= estimate * math.log(3)).all() and (estimate * math.log(3) <= high.clamp(min=0) + 1e-3).all()
@@ -254,7 +256,7 @@ def test_what_is_cut_or_goes_on_after_the_answer_is_badly_formed(ending, truncat
     text = "<reasoning>1 + 1 = 2.</reasoning><answer>2</answer>" + ending.format(end=tokenizer.eos_token)
     ids = torch.tensor(tiny.encode(tokenizer, text))  # [T]
     written = answers.decode(tokenizer, ids, ids >= 0, eos_ids(model, tokenizer))
-    chain = si.Chain(written, ids.tolist(), 3, truncated)
+    chain = Chain(written, ids.tolist(), 3, truncated)
     tables = si.make_tables(tiny.make_questions(1, True), [[chain, chain]], torch.zeros(1, 2, 2))
     assert tables["format"].tolist() == [[shaped, shaped]], written
 
