@@ -32,7 +32,7 @@ import torch
 
 from grpo import format_reward, group_advantages, grpo_loss
 from infonce import symmetric_info_nce
-from metrics import column_information, information, mutual_information
+from metrics import information, mutual_information
 from sinkhorn import relative_eps, sinkhorn_divergence
 from support import memory, parallel, preferences, sampling, tiny
 from support.answers import answer_is_right, cot_mask, decode
@@ -385,7 +385,7 @@ def evaluate_tasks(model, reference, tokenizer, tasks: list[Task], config: Confi
         "closed": torch.tensor(closed).float().mean(1),
         "accuracy": torch.tensor(right).float().reshape(len(known), config.num_principles).mean(1),
         "mi_row": information(scores).mean(1),
-        "mi_column": column_information(scores).mean(1),
+        "mi_column": information(scores, "column").mean(1),
         "sinkhorn": drift(outputs.states, reference_states, ot_weights, config)[0],
         "completion_length": batch.mask.sum(-1).float().mean((1, 2)),
     }, example | {"completion": batch.texts[0][0][0]}

@@ -45,7 +45,7 @@ from datasets import Dataset  # noqa: E402
 import train  # noqa: E402
 from grpo import format_reward  # noqa: E402
 from infonce import symmetric_info_nce  # noqa: E402
-from metrics import mutual_information, sufficiency  # noqa: E402
+from metrics import mutual_information, share_of_ceiling  # noqa: E402
 from sinkhorn import relative_eps, sinkhorn_divergence  # noqa: E402
 from support import (
     sampling,  # noqa: E402
@@ -106,7 +106,7 @@ class EnigmaTrainer(trl.GRPOTrainer):
         states = hidden(model).take_along_dim(cloud[..., None], 1)  # [Q, n, d]
         eps = relative_eps(states, ref, 0.1, weights, weights)  # [Q]
         mi, drift = symmetric_info_nce(scores), sinkhorn_divergence(states, ref, eps, weights, weights)[0].mean()
-        si = sufficiency(mutual_information(scores.detach().flatten(0, 1)).row, num)  # []
+        si = share_of_ceiling(mutual_information(scores.detach().flatten(0, 1)).row, num)  # []
         for name, value in {"loss_mi": mi, "loss_ot": drift, "si": si}.items():
             self._metrics["train"][name].append(self.accelerator.gather(value.detach()).mean().item())
         return loss + (self.lambda_mi * mi + self.lambda_ot * drift) / self.current_gradient_accumulation_steps

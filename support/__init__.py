@@ -11,6 +11,8 @@
     settings       every flag, its help and its bounds
     tiny           the embedded task and its model
     model          a language model: loaded, compared with its plain forward, LoRA, saved
+    chains         chains of thought for si.py and geometry.py: sampled, and scored under principles
+    propose        new principles: written by the model, or joined from given ones
     scoring        log-probabilities and hidden states of completions; the score matrix
     sampling       completions by name: any batch, device and number of processes gives the same
     prefix         a prompt goes through the model once; its completions share keys and values

@@ -152,20 +152,6 @@ def encode_texts(tokenizer, texts):
     return encoded
 
 
-def encode_after(tokenizer, context, text):
-    """Token ids of `text` where it follows the text `context`: what tokenising both together adds.
-
-    (Alone, SentencePiece would begin `text` with a space.) Where one token spans the seam, as
-    GPT-2's "><", the model has read the context already, and `text` is as after a line break or
-    full stop.
-    """
-    for before in (context, "\n", "."):
-        alone, joint = _encode(tokenizer, [before, before + text])
-        if joint[: len(alone)] == alone:
-            return joint[len(alone) :]
-    return _encode(tokenizer, [text])[0]
-
-
 def render(tokenizer, conversation, where, **options):
     """The text that the chat template makes of a conversation, on the run's date (see set_date).
 

@@ -31,7 +31,7 @@ import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from metrics import sufficiency
+from metrics import share_of_ceiling
 from support import checkpoint, parallel, resume
 from support.data import Data, example_prompt
 from support.errors import InputError, NotFinite
@@ -153,7 +153,7 @@ class Run:
             append_json(self.directory / "samples.jsonl", {"step": step.number + 1, **row})
         if "mi_row" in terms:
             terms["mi_ceiling"] = math.log(self.config.num_principles)
-            terms["si"] = sufficiency(terms["mi_row"], self.config.num_principles)
+            terms["si"] = share_of_ceiling(terms["mi_row"], self.config.num_principles)
         append_json(self.directory / "metrics.jsonl", {"step": step.number + 1, **terms})
         shown = ("reward", "format", "si", "loss_ot", "pair_margin", "pair_accuracy")
         self.bar.set_postfix({name: f"{terms[name]:.2f}" for name in shown if name in terms})

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 import transformers
 
-from metrics import information, interval, sufficiency_interval
+from metrics import interval, mutual_information, si_interval
 from support import parallel
 from support.errors import InputError, check_finite
 
@@ -157,7 +157,7 @@ def gather_evaluation(parts: list, num_principles: int | None = None) -> dict:
     columns = {name: torch.cat([values[name] for values, _ in everywhere]) for name in everywhere[0][0]}  # [N] each
     result = {name: interval(column) for name, column in columns.items() if len(column)}
     if num_principles:
-        result["si"] = sufficiency_interval(columns["mi_row"], num_principles)
+        result["si"] = si_interval(columns["mi_row"], num_principles)
     first = next(iter(columns.values()))
     return {"questions": len(first), **result, "example": everywhere[0][1]}
 
@@ -177,7 +177,7 @@ def batch_figures(batch, rewards, scores=None) -> dict:
     }
     if scores is not None:
         figures["format"] = rewards.formats.mean().item()
-        figures["mi_row"] = information(scores.flatten(0, 1)).mean().item()
+        figures["mi_row"] = mutual_information(scores.flatten(0, 1)).row.item()
     return figures
 
 
