@@ -21,7 +21,7 @@ import metrics
 from si import sample_chains
 from sinkhorn import relative_eps, sinkhorn_divergence
 from support.command import check_written_files, load_named, run_command
-from support.data import pick_questions
+from support.data import make_template, pick_questions
 from support.errors import InputError
 from support.files import load_principles, write_numbers
 from support.prefix import head
@@ -49,7 +49,6 @@ class GeometryConfig(DatasetConfig):
     max_completion_length: int = option(64, "tokens; longer completions are cut", at_least=1)
     seed: int = option(0, "of everything random", at_least=0, at_most=MAX_SEED)
     temperature = 1.0  # of sampling; no flag
-    model = property(lambda self: self.base)  # whose prompts these are
 
     def check(self) -> None:
         """Raises InputError for the first value that cannot be used."""
@@ -126,28 +125,36 @@ def compare_outputs(models, hidden, hidden_elsewhere) -> dict:
     return dict(zip(("fisher_rao", "kl", "principle_before", "principle_after"), torch.cat(parts, 1)))  # [n] each
 
 
-def load_pair(config, pairs):
-    """(base, trained, tokenizer, prompts); raises InputError where the models do not match."""
+def load_pair(config, principles):
+    """(base, trained, tokenizer, template, prompts) of each question under all principles.
+
+    Raises InputError where the models do not match.
+    """
     (base, tokenizer), (trained, other) = load_named("--base", config.base), load_named("--trained", config.trained)
     limit = prompt_limit(trained, config.max_completion_length)
-    prompts = config.form.encode(tokenizer, pairs, limit)
+    template = make_template(config, config.trained, config.base)
+    print(template.describe())
+    texts = [principle.text for principle in principles]
+    questions = pick_questions(trained, tokenizer, texts, template, config)
+    pairs = [(question.text, text) for question in questions for text in texts]
+    prompts = template.encode(tokenizer, pairs, limit)
     shapes = [[tuple(p.shape) for p in model.parameters()] for model in (base, trained)]
-    if shapes[0] != shapes[1] or prompts != config.form.encode(other, pairs, limit):
+    if shapes[0] != shapes[1] or prompts != template.encode(other, pairs, limit):
         raise InputError(
             f"--trained: {config.trained} has another shape or tokenizer than {config.base}; a model that was trained "
             "from --base is accepted"
         )
-    return base, trained, tokenizer, prompts
+    return base, trained, tokenizer, template, prompts
 
 
-def compare_models(config, principles, questions) -> dict:
+def compare_models(config, principles) -> dict:
     """All numbers of the report."""
-    pairs = [(q.text, p.text) for q in questions for p in principles]
-    base, trained, tokenizer, prompts = load_pair(config, pairs)
+    base, trained, tokenizer, template, prompts = load_pair(config, principles)
     num, rng = len(principles), random.Random(f"{config.seed} geometry")
-    print(f"{len(questions)} questions x {num} principles: {len(prompts)} completions to sample from {config.trained}; "
+    num_questions = len(prompts) // num
+    print(f"{num_questions} questions x {num} principles: {len(prompts)} completions to sample from {config.trained}; "
           "each goes through both models twice, under its own principle and under another", flush=True)
-    completions = [chain.whole for chain in sample_chains(trained, tokenizer, [prompts], config)[0]]
+    completions = [chain.whole for chain in sample_chains(trained, tokenizer, template, [prompts], config)[0]]
     most = max(1, config.num_tokens // len(prompts))  # positions of one completion
     picked = [(r, t) for r, c in enumerate(completions) for t in sorted(rng.sample(range(len(c)), min(most, len(c))))]
     elsewhere = [prompts[r - r % num + (r + rng.randrange(1, num)) % num] for r in range(len(prompts))]
@@ -157,22 +164,22 @@ def compare_models(config, principles, questions) -> dict:
     for model in tqdm(models, desc="hidden states", dynamic_ncols=True):
         hidden.append(layer_states(model, prompts, completions, picked))  # [L + 1, n, d]
         hidden_elsewhere.append(layer_states(model, elsewhere, completions, picked)[-1])  # [n, d]
-    counts = torch.bincount(owners, minlength=len(questions))  # [Q]
+    counts = torch.bincount(owners, minlength=num_questions)  # [Q]
     pairs = tqdm(list(zip(*hidden)), desc="layers", dynamic_ncols=True)
     layers = [compare_layer(x, y, labels, num) for x, y in pairs]
     outputs = {}
     for name, values in compare_outputs(models, [h[-1] for h in hidden], hidden_elsewhere).items():
-        by_question = torch.zeros(len(questions)).index_add_(0, owners, values) / counts  # [Q] bootstrap: by question
+        by_question = torch.zeros(num_questions).index_add_(0, owners, values) / counts  # [Q] bootstrap: by question
         outputs[name] = metrics.interval(by_question)
     return {
-        "questions": len(questions), "principles": num, "completions": len(prompts), "tokens": len(picked),
+        "questions": num_questions, "principles": num, "completions": len(prompts), "tokens": len(picked),
         "cloud": min(CLOUD, len(picked)), "layers": layers, "outputs": outputs,
     }
 
 
 def run_geometry(config: GeometryConfig) -> None:
     """Everything that `python geometry.py` does: the file first, then the report, then the plot."""
-    summary = compare_models(config, load_principles(config.principles), pick_questions(config))
+    summary = compare_models(config, load_principles(config.principles))
     if config.json:
         write_numbers(config.json, {"command": "geometry", "settings": asdict(config), **summary})
     print_geometry(summary, config)

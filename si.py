@@ -27,7 +27,7 @@ from grpo import TAGS, format_reward
 from support import answers, sampling, tiny
 from support.answers import answer_is_right, cot_mask
 from support.command import check_written_files, load_named, run_command
-from support.data import pick_questions
+from support.data import make_template, pick_questions
 from support.errors import InputError
 from support.files import Principle, load_principles, save_principles, write_numbers
 from support.prompts import build_messages, encode_after, encode_prompts, eos_ids, prompt_limit
@@ -84,7 +84,7 @@ class Chain(NamedTuple):
 
 
 @torch.no_grad()
-def sample_chains(model, tokenizer, prompts, config) -> list[list[Chain]]:
+def sample_chains(model, tokenizer, template, prompts, config) -> list[list[Chain]]:
     """A completion of each prompt, no top-k or top-p: N lists of K prompts -> N lists of K."""
     num, eos, chains = len(prompts[0]), eos_ids(model, tokenizer), []
     flat = [prompt for row in prompts for prompt in row]
@@ -94,7 +94,7 @@ def sample_chains(model, tokenizer, prompts, config) -> list[list[Chain]]:
         uniform = uniform_numbers(keys, 1, config.max_completion_length, device=model.device)  # [P, 1, T]
         out = sampling.sample(model, block, uniform, config.temperature, eos, tokenizer.pad_token_id)
         spans = cot_mask(tokenizer, out.tokens, out.mask).sum(-1)  # [P, 1]
-        texts = answers.decode(tokenizer, out.tokens[:, 0], out.mask[:, 0], eos, config.form.prefill)  # P
+        texts = answers.decode(tokenizer, out.tokens[:, 0], out.mask[:, 0], eos, template.prefill)  # P
         for n, text in enumerate(texts):
             whole, ids = out.tokens[n, 0][out.mask[n, 0]].tolist(), out.tokens[n, 0, : spans[n, 0]].tolist()
             closed = "</reasoning>" in text
@@ -180,7 +180,7 @@ def _score_row(chain: Chain, answer: str | None, tokenizer):
 # Figures
 
 
-def estimate_si(model, tokenizer, principles, questions, config, sources) -> tuple[dict, torch.Tensor]:
+def estimate_si(model, tokenizer, template, principles, questions, config, sources) -> tuple[dict, torch.Tensor]:
     """(all numbers of the report, scores [N, K', K'] of all pairs in its "pool")."""
     num, answers = len(principles), [q.answer for q in questions]
     negatives = config.num_negatives or min(num, MAX_SCORED_ALL) - 1
@@ -190,7 +190,7 @@ def estimate_si(model, tokenizer, principles, questions, config, sources) -> tup
     limit = prompt_limit(model, config.max_completion_length + max(map(len, ends), default=0))
     opposed = [i for i, p in enumerate(principles) if p.negative is not None]
     prompts, opposites = (  # N lists of K, of K'
-        [config.form.encode(tokenizer, [(q.text, text) for text in texts], limit) for q in questions]
+        [template.encode(tokenizer, [(q.text, text) for text in texts], limit) for q in questions]
         for texts in ([p.text for p in principles], [principles[i].negative for i in opposed])
     )
     rows, read = len(questions) * num, sum(len(prompt) for row in prompts for prompt in row)
@@ -198,7 +198,7 @@ def estimate_si(model, tokenizer, principles, questions, config, sources) -> tup
           f"{rows * (negatives + 1)} sequences to score; through the model go 2 x {read} tokens of prompts and at most "
           f"{rows * (negatives + 2) * config.max_completion_length} of completions", flush=True)
     score = functools.partial(score_chains, model, tokenizer, temperature=config.temperature)
-    chains = sample_chains(model, tokenizer, prompts, config)
+    chains = sample_chains(model, tokenizer, template, prompts, config)
     written_by = draw_candidates(num, len(questions), negatives, config.seed)  # [N, K, C]
     scores, answer_logp = score(prompts, chains, written_by, answers=answers)  # [N, K, K] both
     summary = summarise_si(principles, sources, questions, chains, scores, answer_logp, negatives + 1)
@@ -435,8 +435,12 @@ def _essence(text: str) -> str:
 
 def run_si(config: SiConfig) -> None:
     """Everything that `python si.py` does, the files first, then the report, then the plot."""
-    principles, questions = load_principles(config.principles), pick_questions(config)
+    principles = load_principles(config.principles)
     model, tokenizer = load_named("--model", config.model)
+    template = make_template(config)
+    print(template.describe())
+    texts = [text for p in principles for text in (p.text, p.negative) if text]
+    questions = pick_questions(model, tokenizer, texts, template, config)
     sources = [config.principles] * len(principles)
     if config.propose:
         found = propose(model, tokenizer, principles, config.propose, config)
@@ -447,7 +451,7 @@ def run_si(config: SiConfig) -> None:
     num = len(principles)
     if config.select and config.select > num:
         raise InputError(f"--select: got {config.select}, of {num} principles; 2 to {num} is accepted")
-    summary, scores = estimate_si(model, tokenizer, principles, questions, config, sources)
+    summary, scores = estimate_si(model, tokenizer, template, principles, questions, config, sources)
     chosen = [row["index"] for row in summary["principles"]]
     if config.select:
         summary["selection"] = summarise_selection(scores, summary["pool"], principles, config.select)

@@ -34,12 +34,12 @@ from sinkhorn import relative_eps, sinkhorn_divergence
 from support import answers, memory, parallel, sampling, tiny
 from support.answers import answer_is_right, cot_mask
 from support.command import outcome, parse
-from support.data import Data, load_data
+from support.data import Data, load_data, take
 from support.errors import check_finite, diverging
 from support.files import Principle, Question
 from support.model import add_lora, has_bf16, load_model
-from support.preferences import evaluate_pairs, preference_loss
-from support.prompts import eos_ids, prompt_limit, set_date
+from support.preferences import evaluate_pairs, load_pairs, preference_loss
+from support.prompts import PromptTemplate, eos_ids, prompt_limit, set_date
 from support.run import Run, Step, choose_directory, make_schedule
 from support.sampling import uniform_numbers
 from support.scoring import frozen_start, score_matrix
@@ -54,11 +54,11 @@ def loop(run: Run, model, reference, tokenizer, optimizer, schedule, data: Data,
         if data.principles:
             tasks = draw(data.questions, data.principles, config, step.number)
             step.tasks = tasks[parallel.share(len(tasks))]
-            step.batch = sample(model, tokenizer, step.tasks, config.num_generations, config)
+            step.batch = sample(model, tokenizer, data.template, step.tasks, config.num_generations, config)
             add_rewards(step.batch, config, model)
             step.lap("seconds_sampling")
             step.batch.start = read_start(model, reference, step.batch, config) if config.needs_start else None
-        step.pairs = data.next_pairs(step.number, config.num_pairs)
+        step.pairs = data.next_pairs(step.number, config)
         update(model, optimizer, step, config)
         step.terms["learning_rate"] = schedule.get_last_lr()[0]
         schedule.step()
@@ -111,6 +111,8 @@ def train(config: Config) -> Path:
     directory = choose_directory(config)
     model, tokenizer = load(config)
     data = load_data(model, tokenizer, config)
+    if config.preferences:
+        data.pairs, data.held_out_pairs = load_pairs(model, tokenizer, config)
     print(memory.fit(model, data, config), flush=True)
     # The frozen start is a copy of the model; with LoRA it is the model without its adapters.
     reference = copy.deepcopy(model).requires_grad_(False) if data.principles and not config.lora_rank else None
@@ -192,12 +194,7 @@ class Batch(Sliced):
 
 def draw(questions: list, principles: list, config: Config, step: int) -> list[Task]:
     """The tasks of a step: a function of seed and step alone. An epoch repeats no question."""
-    chosen = []
-    for index in range(step * config.num_questions, (step + 1) * config.num_questions):
-        epoch, position = divmod(index, len(questions))
-        order = list(range(len(questions)))
-        random.Random(f"{config.seed} epoch {epoch}").shuffle(order)
-        chosen.append(questions[order[position]])
+    chosen = [questions[n] for n in take(len(questions), step, config.num_questions, config.seed)]
     rng = random.Random(f"{config.seed} step {step}")
     return [
         Task(question, rng.sample(principles, config.num_principles), f"{config.seed} step {step} question {n}")
@@ -206,10 +203,10 @@ def draw(questions: list, principles: list, config: Config, step: int) -> list[T
 
 
 @torch.no_grad()
-def sample(model, tokenizer, tasks: list[Task], num_generations: int, config: Config) -> Batch:
+def sample(model, tokenizer, template: PromptTemplate, tasks: list[Task], num_generations: int, config) -> Batch:
     """Sample G completions of each question under each principle, and choose the cloud's tokens."""
     pairs = [(task.question.text, principle.text) for task in tasks for principle in task.principles]  # Q·K
-    prompts = config.form.encode(tokenizer, pairs, prompt_limit(model, config.max_completion_length))  # Q·K
+    prompts = template.encode(tokenizer, pairs, prompt_limit(model, config.max_completion_length))  # Q·K
     num = len(tasks[0].principles)
     keys, shape = [task.key for task in tasks], (num, num_generations, config.max_completion_length)
     uniform = uniform_numbers(keys, *shape, device=model.device)  # [Q, K, G, T]
@@ -227,7 +224,7 @@ def sample(model, tokenizer, tasks: list[Task], num_generations: int, config: Co
     return Batch(
         tasks=tasks,
         prompts=[prompts[q : q + num] for q in range(0, len(prompts), num)],
-        texts=answers.decode(tokenizer, tokens, mask, ends, config.form.prefill),
+        texts=answers.decode(tokenizer, tokens, mask, ends, template.prefill),
         tokens=tokens,
         mask=mask,
         cot=cot_mask(tokenizer, tokens, mask),
@@ -360,7 +357,7 @@ def evaluate(model, reference, tokenizer, data: Data, config: Config) -> dict:
         tasks = [Task(q, rng.sample(data.principles, num), key) for q, key in zip(data.held_out, keys)][share]
         size = max(1, config.eval_rows // num)
         pieces = [tasks[i : i + size] for i in range(0, len(tasks), size)]
-        parts = [evaluate_tasks(model, reference, tokenizer, piece, config) for piece in pieces]
+        parts = [evaluate_tasks(model, reference, tokenizer, data.template, piece, config) for piece in pieces]
         values = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]} | values  # [N] each
         example = parts[0][1]
     everywhere = parallel.gather((values, example))
@@ -372,9 +369,9 @@ def evaluate(model, reference, tokenizer, data: Data, config: Config) -> dict:
 
 
 @torch.no_grad()
-def evaluate_tasks(model, reference, tokenizer, tasks: list[Task], config: Config):
+def evaluate_tasks(model, reference, tokenizer, template, tasks: list[Task], config: Config):
     """(values [Q] by name, an example) of one completion of each question under each principle."""
-    batch = sample(model, tokenizer, tasks, 1, config)
+    batch = sample(model, tokenizer, template, tasks, 1, config)
     add_rewards(batch, config)
     now, batch.start = read(model, batch, config, 1), read_start(model, reference, batch, config)
     scores = now.scores[:, 0]  # [Q, K, K] of the one completion

@@ -15,7 +15,8 @@
     prefix         a prompt goes through the model once; its completions share keys and values
     answers        what a completion says: its text, its chain of thought, its answer
     prompts        from a question and a principle to tokens: template, BOS, ends of a turn
-    files          principles, questions and examples, read from files and data sets; files written
+    files          principles, questions, examples and pairs as records, read from files; files written
+    rows           rows of .jsonl, .csv, .parquet and data sets, as they stand, and their fields
     parallel       several processes, by torch.distributed
     errors         a user's mistake in one line; a number that is not finite
 """

@@ -196,13 +196,14 @@ def rewind(run_dir: Path, state: dict) -> None:
             os.truncate(run_dir / name, state["logs"].get(name, 0))
 
 
-def start_state(config, model, tokenizer) -> dict:
+def start_state(config, model, tokenizer, data) -> dict:
     """The state of a run before its first step; its checksums are what resuming compares with."""
     return {
         "step": 0,
         "settings": fingerprint(config),
         "start_sha256": weights_sha256(model),
-        "prompt_sha256": prompt_fingerprint(tokenizer, model.generation_config, config.form),
+        "prompt_sha256": prompt_fingerprint(tokenizer, model.generation_config, data.template),
+        "held_out_sha256": data.fingerprint,
         "evals": {"start": None, "steps": {}},
     }
 
@@ -257,8 +258,11 @@ def resume(run_dir, config, model, optimizer, schedule, state: dict) -> None:
         raise InputError(f"--model: {config.model} has other weights than the model that {run_dir} started from, which "
                          "is its reference; that model is accepted")
     if stored.get("prompt_sha256", state["prompt_sha256"]) != state["prompt_sha256"]:
-        raise InputError(f"--model: {config.model} has another chat template, tokenizer or end token than when "
-                         f"{run_dir} started; the folder as it was is accepted")
+        raise InputError(f"--model: {config.model} has another chat template, tokenizer, end token, examples or "
+                         f"prefill than when {run_dir} started; the folder as it was is accepted")
+    if stored.get("held_out_sha256", state["held_out_sha256"]) != state["held_out_sha256"]:
+        raise InputError(f"--resume: {run_dir} was first evaluated on other held-out questions than these settings and "
+                         "files give, so that start and end could not be compared; the data as they were are accepted")
     load(path, model, optimizer, stored)
     parallel.gather(None)  # all have read
     if parallel.rank() == 0:

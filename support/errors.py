@@ -13,6 +13,10 @@ class InputError(ValueError):
         return text if text.isprintable() else repr(text)[1:-1]  # of a name with a newline, say
 
 
+class TooLong(InputError):
+    """A text with more tokens than the model's context has room for."""
+
+
 class NotFinite(FloatingPointError):
     """Training has diverged: a number is not finite. `terms` are those of the loss, where known."""
 

@@ -65,14 +65,14 @@ class Run:
         """Start the directory; with --resume, restore everything from the checkpoint instead."""
         self.directory, self.config, self.writer = directory, config, parallel.rank() == 0
         self.model, self.tokenizer, self.optimizer, self.data = model, tokenizer, optimizer, data
-        self.state = checkpoint.start_state(config, model, tokenizer)
+        self.state = checkpoint.start_state(config, model, tokenizer, data)
         self.step, self.signals, self.streaks, self.bar = Step(), [], Counter(), None
         if config.resume:
             checkpoint.resume(directory, config, model, optimizer, schedule, self.state)
         elif self.writer:
             write_start(directory, config, data, model.device)
             if data.principles:
-                (directory / "prompt.txt").write_text(example_prompt(tokenizer, data, config), encoding="utf-8")
+                (directory / "prompt.txt").write_text(example_prompt(tokenizer, data), encoding="utf-8")
 
     @contextlib.contextmanager
     def guarded(self):
@@ -158,7 +158,7 @@ class Run:
         """Write the trained model, and only then the report and the plot, which may fail."""
         if not self.writer:
             return
-        save_model(self.model, self.tokenizer, self.directory, model_card(self))
+        save_model(self.model, self.tokenizer, self.data.template, self.directory, model_card(self))
         report(self.directory, self.state["evals"])
         if path := write_plot(self.directory / "curves.png", lambda plt: draw_run(plt, self.directory)):
             print(f"plot {path}")

@@ -9,7 +9,6 @@ differs.
 
 import argparse
 import dataclasses
-import functools
 import math
 import re
 from dataclasses import dataclass
@@ -19,10 +18,7 @@ from typing import Literal
 import transformers
 from transformers.hf_argparser import string_to_bool
 
-from grpo import TAGS
 from support.errors import InputError
-from support.files import FILE_KINDS, load_examples, load_questions
-from support.prompts import Form
 
 EXAMPLES = Path(__file__).parent.parent / "principles" / "examples.jsonl"
 
@@ -98,31 +94,14 @@ class DatasetConfig:
     question_field: str | None = option(None, "where it is not question or source")
     answer_field: str | None = option(None, "where it is not answer, or target beside source; optional, never rewarded")
     examples: str | None = option(
-        None, "earlier turns of the conversation, .jsonl of question, principle, reasoning, answer; none for none; "
-        "else principles/examples.jsonl, and none for the embedded model"
+        None, "worked examples, the first turns of every prompt: .jsonl of question, principle, reasoning, answer; "
+        "none for none; default: those the model was trained with (prompt.json in its folder), for any other model "
+        "principles/examples.jsonl"
     )
     prefill: bool | None = option(
-        None, "the prompt begins the answer with <reasoning>; else so, but not for the embedded model"
+        None, "begin the answer with <reasoning>, as part of the prompt; default: as the model was trained, for any "
+        "other model True"
     )
-
-    @property
-    def is_hub_set(self) -> bool:
-        """Whether --dataset is a hub id, not a file."""
-        return self.dataset is not None and Path(self.dataset).suffix.lower() not in FILE_KINDS
-
-    @functools.cached_property
-    def form(self) -> Form:
-        """The form of prompts; sets its defaults. Raises InputError for unreadable --examples."""
-        real = self.model != "tiny"
-        self.examples = self.examples or (str(EXAMPLES) if real else "none")
-        self.prefill = real if self.prefill is None else self.prefill
-        examples = () if self.examples == "none" else tuple(load_examples(self.examples))
-        return Form(examples, TAGS[0] if self.prefill else "")
-
-    def load_questions(self, limit, seed):
-        """See files.load_questions; the run can use `limit` questions."""
-        fields = self.question_field, self.answer_field
-        return load_questions(self.dataset, *fields, self.dataset_config, self.dataset_train_split, limit, seed)
 
 
 @dataclass
@@ -215,7 +194,6 @@ class Config(DatasetConfig):
         check_bounds(self)
         if not (self.principles or self.preferences):
             raise InputError("--principles: missing; expected a file of principles, or --preferences with pairs")
-        _ = self.form  # refuses --examples that cannot be read
         if self.learning_rate is None:
             embedded = 7e-4 if self.principles else 1e-4
             self.learning_rate = embedded if self.model == "tiny" else 1e-5
