@@ -17,6 +17,7 @@ tables and writes step.json into --output-dir.
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import sys
@@ -32,9 +33,9 @@ import transformers  # noqa: E402
 
 import train  # noqa: E402
 from support import tiny  # noqa: E402
-from support.prompts import (
-    build_messages,  # noqa: E402
-    )
+from support.data import make_template, questions_of  # noqa: E402
+from support.prompts import build_messages  # noqa: E402
+from support.rows import LeftOut  # noqa: E402
 from support.run import Step  # noqa: E402
 
 VARIANTS = {
@@ -59,20 +60,20 @@ def now() -> float:
 
 def step(model, reference, tokenizer, questions, config, number) -> dict:
     """Seconds of each phase of one step of ours."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    optimizer = torch.optim.AdamW(model.parameters())
     clock = [now()]
     tasks = train.draw(questions, tiny.principles(), config, number)
-    batch = train.sample(model, tokenizer, tasks, config.num_generations, config)
-    train.add_rewards(batch, config)
+    batch = train.sample(model, tokenizer, make_template(config), tasks, config.num_generations, config)
+    rewards = train.reward_completions(batch, config)
     clock.append(now())
-    return finish_step(model, reference, optimizer, batch, config, clock)
+    return finish_step(model, reference, optimizer, batch, rewards, config, clock)
 
 
-def finish_step(model, reference, optimizer, batch, config, clock) -> dict:
+def finish_step(model, reference, optimizer, batch, rewards, config, clock) -> dict:
     """Seconds of each phase; `clock` has when the step began, and when its batch was sampled."""
-    batch.start = train.read_start(model, reference, batch, config) if config.needs_start else None
+    targets = train.make_targets(model, reference, batch, rewards, config)
     clock.append(now())
-    train.update(model, optimizer, Step(tasks=batch.tasks, batch=batch), config)
+    train.update(model, optimizer, batch, targets, Step(), config)  # at a rate of 0: each step is the same work
     clock.append(now())
     seconds = {phase: b - a for phase, a, b in zip(PHASES, clock, clock[1:])}
     return {**seconds, "total": clock[-1] - clock[0], "tokens": int(batch.mask.sum())}
@@ -185,7 +186,7 @@ def main() -> None:
     model, tokenizer = train.load(config)
     reference = copy.deepcopy(model).requires_grad_(False)
     if config.dataset:
-        questions = config.load_questions(512, config.seed)
+        questions = list(itertools.islice(questions_of(config, LeftOut(config.dataset)), 512))
     else:
         questions = tiny.make_questions(512, held_out=False)
 

@@ -39,13 +39,6 @@ class Data:
     pairs: object = None  # preferences.Pairs to train on, with the reference's log-probabilities
     held_out_pairs: object = None
 
-    def next_pairs(self, step: int, config):
-        """This process's share of the pairs of a step."""
-        if not self.pairs:
-            return None
-        taken = take(len(self.pairs), step, config.num_pairs, config.seed)
-        return self.pairs[taken[parallel.share(len(taken))]]
-
     @property
     def fingerprint(self) -> str:
         """A sha256 of the held-out questions: an evaluation compares with those of the same ones only."""
@@ -217,8 +210,8 @@ def check_sides(train, held_out, num_eval: int, what: str) -> None:
     total = len(train) + len(held_out)
     if not train or len(held_out) < parallel.world():
         raise InputError(f"of {total} {what} {len(held_out)} are held out, by a hash of each text (one in "
-                         f"{1 / HELD_OUT:.0f} on average), and {len(train)} are left to train on; a larger set, with one "
-                         "or more on either side for each process, is accepted")
+                         f"{1 / HELD_OUT:.0f} on average), and {len(train)} are left to train on; a larger set, with "
+                         "one or more on either side for each process, is accepted")
     if len(held_out) < num_eval:
         print(f"{len(held_out)} of {total} {what} are held out; --eval-questions asks for {num_eval}", flush=True)
 
@@ -227,7 +220,7 @@ def check_sides(train, held_out, num_eval: int, what: str) -> None:
 # Which items a step takes
 
 
-def take(total: int, step: int, size: int, seed: int) -> list[int]:
+def items_of_step(total: int, step: int, size: int, seed: int) -> list[int]:
     """The `size` indices below `total` that a step takes: a function of seed and step alone.
 
     All are taken equally often, up to one time, after any step. A step that crosses the end of an
