@@ -185,11 +185,13 @@ def load_pairs(model, tokenizer, config) -> Data:
     if config.preferences == "tiny":
         train = tiny.make_pairs(min(needed, 8192), False, config.seed)
         held_out = tiny.make_pairs(config.eval_questions, True)
+        total = len(train) + len(held_out)
     else:
-        train, held_out = split(load_preferences(config.preferences, left_out), config.eval_questions)
+        pairs = load_preferences(config.preferences, left_out)
+        total = left_out.count + len(pairs)
+        train, held_out = split(pairs, config.eval_questions)
         if needed < len(train):  # the reference reads each pair before the first step
             train = [train[n] for n in items_of_step(len(train), 0, needed, config.seed)]
-    total = left_out.count + len(train) + len(held_out)
     sides = [encode_pairs(model, tokenizer, pairs, left_out) for pairs in (train, held_out)]
     left_out.tell(total - left_out.count, "pairs")
     check_sides(*sides, config.eval_questions, "pairs")

@@ -205,23 +205,27 @@ def json_objects(path):
 
 def _csv_rows(lines):
     """Each cell as it stands; an empty one is not in the row, and a row of empty ones is no row."""
-    where = ""
+    where = None  # the line in which the present row begins
 
     def texts():
         nonlocal where
-        for where, line in lines:
-            yield _decoded(where, line)
+        for place, line in lines:
+            where = where or place
+            yield _decoded(place, line)
 
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(texts(), strict=True)
     try:
         names = next((cells for cells in reader if any(cells)), [])
-        for cells in filter(any, reader):
+        where = None
+        for cells in reader:
             row = {name: cell for name, cell in zip(names, cells) if cell}
             if len(cells) != len(names):
                 row = InputError(f'{where}: has {len(cells)} cells, and the header {len(names)}; as many, with "…" '
                                  "around a cell that holds a comma, are accepted")
-            yield where, row, names
+            if any(cells):
+                yield where, row, names
+            where = None
     except csv.Error as error:
         raise InputError(f'{where}: {error}; cells between commas, with "…" around one that holds a comma or a line '
                          "break, are accepted") from None
@@ -240,7 +244,7 @@ def _json_rows(lines):
 
 def _json_object(where, text) -> dict:
     try:
-        row = json.loads(text)
+        row = json.loads(text.rstrip())
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: JSON breaks at column {error.colno} ({error.msg}); one JSON object a line is "
                          "accepted") from None
