@@ -22,7 +22,7 @@ import metrics
 from sinkhorn import relative_eps, sinkhorn_divergence
 from support.chains import sample_chains
 from support.command import check_written_files, exit_status, load_named, parse
-from support.data import pick_questions
+from support.data import make_template, pick_questions
 from support.errors import InputError
 from support.files import load_principles
 from support.prefix import head
@@ -51,7 +51,6 @@ class GeometryConfig(DatasetConfig):
     json: str | None = option(None, "file of all numbers; the plot over layers goes beside it, as .png")
     max_completion_length: int = option(64, "tokens; longer completions are cut", at_least=1)
     seed: int = option(0, "of everything random", at_least=0, at_most=MAX_SEED)
-    model = property(lambda self: self.base)  # whose prompts these are
 
     def check(self) -> None:
         """Raises InputError for the first value that cannot be used."""
@@ -121,9 +120,11 @@ def load_pair(config):
 
 def compare_models(config) -> dict:
     """All numbers of the report."""
-    principles, questions = load_principles(config.principles), pick_questions(config)
+    principles, template = load_principles(config.principles), make_template(config, config.trained, config.base)
     base, trained, tokenizer, other = load_pair(config)
-    limit, template = prompt_limit(trained, config.max_completion_length), config.form
+    limit = prompt_limit(trained, config.max_completion_length)
+    questions = pick_questions(trained, tokenizer, [p.text for p in principles], template, config)
+    print(template.describe(), flush=True)
     pairs = [(question.text, principle.text) for question in questions for principle in principles]
     prompts = template.encode(tokenizer, pairs, limit)  # R
     if prompts != template.encode(other, pairs, limit):

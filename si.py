@@ -28,7 +28,7 @@ from grpo import format_reward
 from support.answers import answer_is_right
 from support.chains import sample_chains, score_chains
 from support.command import check_written_files, exit_status, load_named, parse
-from support.data import pick_questions
+from support.data import make_template, pick_questions
 from support.errors import InputError
 from support.files import load_principles, save_principles
 from support.prompts import prompt_limit
@@ -264,9 +264,11 @@ def summarise_selection(scores, pool, principles, size: int) -> dict:
 
 def run_si(config: SiConfig) -> None:
     """Everything that `python si.py` does, the files first, then the report, then the plot."""
-    principles, questions = load_principles(config.principles), pick_questions(config)
+    principles, template = load_principles(config.principles), make_template(config)
+    model, tokenizer = load_named("--model", config.model)
+    questions = pick_questions(model, tokenizer, [p.text for p in principles], template, config)
     check_pool(config, len(principles) + (config.propose or 0), len(questions))
-    (model, tokenizer), template = load_named("--model", config.model), config.form
+    print(template.describe(), flush=True)
     sources = [config.principles] * len(principles)
     if config.propose:
         found = propose(model, tokenizer, principles, config.propose, config)

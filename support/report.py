@@ -76,7 +76,7 @@ def model_card(run) -> str:
     if run.data.principles:
         lines += ["## Principles", "", *(f"- {principle.text}" for principle in run.data.principles), ""]
         lines += ["## Prompt", "", "Exactly as the model was trained on it, up to where its answer begins:", ""]
-        lines += ["````text", example_prompt(run.tokenizer, run.data, config), "````", ""]
+        lines += ["````text", example_prompt(run.tokenizer, run.data), "````", ""]
         lines += [f"Sampled at temperature {config.temperature}, without top-k or top-p.", ""]
     lines += [f"## Before and after, on {evals['start']['questions']} held-out questions", ""]
     lines += ["| | start | end |", "|---|---|---|"]

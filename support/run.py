@@ -70,7 +70,7 @@ class Run:
         elif self.writer:
             write_config(directory, config, data, model.device)
             if data.principles:
-                (directory / "prompt.txt").write_text(example_prompt(tokenizer, data, config), encoding="utf-8")
+                (directory / "prompt.txt").write_text(example_prompt(tokenizer, data), encoding="utf-8")
 
     @contextlib.contextmanager
     def catching(self):
@@ -172,7 +172,7 @@ class Run:
         self.between_steps = False  # a signal changes nothing any more: what is left is soon written
         if not self.writer:
             return
-        save_model(self.model, self.tokenizer, self.directory, model_card(self))
+        save_model(self.model, self.tokenizer, self.data.template, self.directory, model_card(self))
         report(self.directory, self.state["evals"])
         if path := write_plot(self.directory / "curves.png", lambda plt: draw_run(plt, self.directory)):
             print(f"plot {path}")

@@ -10,8 +10,6 @@ micro-batches, passes and processes. `combine` makes one figure of them, by the 
     a mean          weighed by what it is a mean over: tokens, ratios, else items (questions, or pairs)
 """
 
-import functools
-import random
 import time
 from dataclasses import dataclass, field
 
@@ -57,24 +55,6 @@ class Step:
         self.figures |= combine(parallel.gather(figures))
         known = self.scores if scores is None else [scores]
         self.samples = sample_rows(batch, rewards, known[0] if known else None)
-
-
-def items_of_step(total: int, step: int, num: int, seed: int) -> list[int]:
-    """Which `num` of `total` questions or pairs a step takes: a function of seed and step alone.
-
-    The steps go through all of them, in a new order each epoch; one that reaches the end of an epoch
-    goes on in the next, so that all steps are of one size and no item is taken twice as often as another.
-    """
-    places = (divmod(place, total) for place in range(step * num, (step + 1) * num))
-    return [epoch_order(total, seed, epoch)[place] for epoch, place in places]
-
-
-@functools.lru_cache(maxsize=2)  # a step may need two
-def epoch_order(total: int, seed: int, epoch: int) -> list[int]:
-    """A random order of range(total)."""
-    order = list(range(total))
-    random.Random(f"{seed} epoch {epoch}").shuffle(order)
-    return order
 
 
 def combine(parts: list[dict]) -> dict:
