@@ -20,7 +20,7 @@ import si
 from support import answers, tiny
 from support.files import load_principles, save_principles, write_numbers
 from support.model import load_model
-from support.prompts import build_messages, encode_prompts, eos_ids
+from support.prompts import PromptTemplate, build_messages, encode_prompts, eos_ids
 from support.report import write_plot
 from support.sampling import Completions
 from support.settings import Parser
@@ -160,7 +160,7 @@ def test_scores_and_answers_equal_the_plain_forward(tiny_model):
         encode_prompts(tokenizer, [build_messages(q.text, text) for text in texts]) for q in questions
     ]
     answers = [q.answer for q in questions[:5]] + [None]
-    chains = si.sample_chains(model, tokenizer, prompts, config("--max-completion-length", "40", "--temperature", "0.8", "--seed", "1"))
+    chains = si.sample_chains(model, tokenizer, PromptTemplate(), prompts, config("--max-completion-length", "40", "--temperature", "0.8", "--seed", "1"))
     written_by = si.draw_candidates(3, 6, 2, seed=0)
     scores, answer_logp = si.score_chains(model, tokenizer, prompts, chains, written_by, 0.8, answers)
     kinds, table = set(), torch.zeros(6, 3, 3)
