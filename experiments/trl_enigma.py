@@ -45,10 +45,7 @@ from grpo import format_reward  # noqa: E402
 from infonce import symmetric_info_nce  # noqa: E402
 from metrics import mutual_information, sufficiency  # noqa: E402
 from sinkhorn import relative_eps, sinkhorn_divergence  # noqa: E402
-from support import (
-    sampling,  # noqa: E402
-    tiny,  # noqa: E402
-)
+from support import sampling, tiny  # noqa: E402
 from support.answers import cot_mask  # noqa: E402
 from support.errors import InputError  # noqa: E402
 from support.files import load_principles  # noqa: E402
