@@ -150,11 +150,11 @@ def transfer(args) -> dict:
     print(markdown(["follows", "", "seed", "share ± standard error", "− the start's, the same questions"], rows), "\n")
     rows = []
     for principle in others:
-        answers = {
-            name: [row for seed in args.seeds for row in found[name, seed]["principles"] if row["principle"] == principle]
-            for name in ("start", *real.ARMS)
-        }
-        rows.append([principle, *(f"{statistics.mean(row['follows'] for row in of):.2f}" for of in answers.values())])
+        shares = []
+        for name in ("start", *real.ARMS):
+            answers = itertools.chain.from_iterable(found[name, seed]["principles"] for seed in args.seeds)
+            shares.append(statistics.mean(row["follows"] for row in answers if row["principle"] == principle))
+        rows.append([principle, *(f"{share:.2f}" for share in shares)])
     print(markdown(["untrained principle", "start", *real.ARMS], rows))
     return results
 
