@@ -87,8 +87,9 @@ def infopo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1
         accuracy                            share with margin > 0; a tie is wrong
         weight_rejected                     beta * exp(min(reward_rejected, 20)), of the gradient
 
-    Raises ValueError for other shapes or dtypes, N = 0, a beta not positive and finite, and for a
-    loss that is not finite: of a chosen response of probability zero, or of NaN.
+    Raises ValueError for other shapes or dtypes, N = 0, and a beta not positive and finite;
+    FloatingPointError for a loss that is not finite: of a chosen response of probability zero, or
+    of NaN.
     """
     tensors = (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     chosen, rejected = _log_ratios("infopo_loss", tensors, beta)  # [N], [N]
@@ -126,8 +127,9 @@ def sequence_logp(logp, mask, length_normalized=False):
     mask               [..., T]  bool or 0/1: the completion tokens. NaN may stand elsewhere
     length_normalized            divide by the number of tokens. An empty mask gives 0 either way
 
-    Half precision is computed in float32. Raises ValueError for other shapes or dtypes, and for NaN
-    or +inf at a token that counts; -inf there, a token of probability zero, gives -inf.
+    Half precision is computed in float32. Raises ValueError for other shapes or dtypes, and
+    FloatingPointError for NaN or +inf at a token that counts; -inf there, a token of probability
+    zero, gives -inf.
     """
     if logp.dim() == 0 or not logp.is_floating_point() or logp.shape != mask.shape:
         got = f"{_describe(logp)} and {_describe(mask)}"
@@ -135,7 +137,7 @@ def sequence_logp(logp, mask, length_normalized=False):
     mask = mask.bool()  # [..., T]
     total = torch.where(mask, _upcast(logp), 0.0).sum(-1)  # [...]  not mask * logp: NaN * 0 is NaN
     if not (total < math.inf).all():  # nor is NaN
-        raise ValueError("sequence_logp: expected log-probabilities without NaN and +inf where the mask is set")
+        raise FloatingPointError("sequence_logp: expected log-probabilities without NaN and +inf where the mask is set")
     return total / mask.sum(-1).clamp(min=1) if length_normalized else total  # [...]
 
 
@@ -157,7 +159,7 @@ def _log_ratios(name, tensors, beta):
 
 def _check_finite(name, loss):
     if not loss.isfinite():  # NaN must not train on
-        raise ValueError(f"{name}: expected finite log-probabilities, got a loss of {loss.item()}")
+        raise FloatingPointError(f"{name}: expected finite log-probabilities, got a loss of {loss.item()}")
 
 
 def _stats(chosen, rejected, beta, weight_rejected):

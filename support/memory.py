@@ -42,8 +42,8 @@ def fit(model, data, config) -> str:
     pairs = Texts(model, sorted(data.pairs.prompts, key=len)[-2:], data.pairs.tokens.shape[-1]) if data.pairs else None
     free, weights = free_memory(model.device), sum(p.nbytes for p in model.parameters())
     room = float("inf") if free is None else HEADROOM * free + weights  # weights: already in memory
-    whole = min(256, max(config.num_questions * config.rows_of_a_question, 2 * config.num_pairs * bool(data.pairs)))
-    choices = [(False, whole), (False, min(whole, config.rows_of_a_question))]
+    whole = min(256, max(config.num_questions * config.rows_per_question, 2 * config.num_pairs * bool(data.pairs)))
+    choices = [(False, whole), (False, min(whole, config.rows_per_question))]
     choices += [(True, rows) for rows in (32, 16, 8, 4, 2, 1)]
     given, totals = (config.gradient_checkpointing, config.micro_batch), []
     for choice in choices:
@@ -77,8 +77,8 @@ def sizes(model, texts, pairs, config) -> dict[str, float]:
             vocabulary = len(model.get_output_embeddings().weight)
             passing = max(texts.prompt_cache, 24 * vocabulary)  # 24 bytes a logit
             phases.append({"sampling": prompts * texts.prompt_cache + rows * (texts.cache + passing)})
-        questions = min(questions, max(1, config.micro_batch // config.rows_of_a_question))
-        phases.append(training(model, texts, questions * config.rows_of_a_question, questions, num, config))
+        questions = min(questions, max(1, config.micro_batch // config.rows_per_question))
+        phases.append(training(model, texts, questions * config.rows_per_question, questions, num, config))
     if pairs:
         num_pairs = min(config.num_pairs, max(1, config.micro_batch // 2))
         phases.append(training(model, pairs, 2 * num_pairs, num_pairs, 1, config))

@@ -27,6 +27,7 @@ from support.prompts import Form
 EXAMPLES = Path(__file__).parent.parent / "principles" / "examples.jsonl"
 
 MAX_SEED = 2**32 - 1
+DEFAULT_BETA = 0.1  # of pairs: the best of experiments/preference.py, for InfoPO and within noise for DPO
 
 
 def option(default, help, *, at_least=None, above=None, at_most=None):
@@ -195,7 +196,6 @@ class Config(DatasetConfig):
         "start inside the GRPO term, else 0", at_least=0
     )
     preference_loss: Literal["infopo", "dpo"] = option("infopo", "what --preferences trains with")
-    lambda_pref: float = option(0.03, "weight of the preference loss beside the three terms; alone it is 1", at_least=0)
 
     output_dir: str | None = option(None, "new or empty; runs/<time> if not given")
     seed: int = option(0, "of everything random", at_least=0, at_most=MAX_SEED)
@@ -211,17 +211,14 @@ class Config(DatasetConfig):
     )
 
     def check(self) -> None:
-        """Set defaults that depend on other settings. Raises InputError for an unusable value."""
+        """Raises InputError for an unusable value, or for two settings that do not go together."""
         check_bounds(self)
         if not (self.principles or self.preferences):
             raise InputError("--principles: missing; expected a file of principles, or --preferences with pairs")
         _ = self.form  # refuses --examples that cannot be read
-        if self.learning_rate is None:
-            embedded = 7e-4 if self.principles else 1e-4
-            self.learning_rate = embedded if self.model == "tiny" else 1e-5
-        if self.mi_generations is None:
-            self.mi_generations = self.num_generations
-        if self.mi_generations > self.num_generations:
+        if self.principles and self.preferences:
+            raise InputError("--preferences: not accepted beside --principles; a run trains on one of the two")
+        if self.mi_generations is not None and self.mi_generations > self.num_generations:
             raise InputError(f"--mi-generations: got {self.mi_generations}; expected 1 to --num-generations, "
                              f"{self.num_generations}")
         if self.scale_rewards == "group" and self.num_generations == 1:
@@ -230,17 +227,12 @@ class Config(DatasetConfig):
             raise InputError("--beta: got 0.0; expected a number above 0 with --preferences")
 
     @property
-    def kl_weight(self) -> float:
-        """Weight of the KL in the GRPO term: --beta, unless it belongs to --preferences."""
-        return 0.0 if self.preferences else self.beta or 0.0
+    def needs_reference(self) -> bool:
+        """Whether a loss needs the frozen reference."""
+        return bool(self.lambda_ot or self.beta)
 
     @property
-    def needs_start(self) -> bool:
-        """Whether a loss needs the frozen start."""
-        return bool(self.lambda_ot or self.kl_weight)
-
-    @property
-    def rows_of_a_question(self) -> int:
+    def rows_per_question(self) -> int:
         """Completions read with gradient: all under their own principle, some under the others."""
         others = (self.num_principles - 1) * self.mi_generations if self.lambda_mi else 0
         return self.num_principles * (self.num_generations + others)
