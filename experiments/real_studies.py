@@ -25,6 +25,7 @@ trainings side by side, one thread each. Writes STUDY.json and plots, and prints
 
 import itertools
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -61,13 +62,14 @@ def text_values(tasks, texts) -> dict:
     """What the completions of an evaluation show, by question [Q]; texts: Q lists of K lists of one."""
     rows = []
     for task, row in zip(tasks, texts, strict=True):
-        chains = [real.chain_of(text).lower().split() for (text,) in row]
+        chains = [real.chain_of(text) for (text,) in row]
+        lengths = [len(chain.split()) for chain in chains]
         shown = [real.follows(principle.text, text) for principle, (text,) in zip(task.principles, row)]
         rows.append({
             "follows": statistics.mean(shown),
-            "words": statistics.mean(map(len, chains)),
-            "distinct_words": len(set().union(*chains)),  # of the question's K chains together
-            "short_chains": statistics.mean(len(chain) < real.MIN_WORDS for chain in chains),
+            "words": statistics.mean(lengths),
+            "distinct_words": len(set(re.findall(r"[\w'’]+", " ".join(chains).lower()))),  # of all K together
+            "short_chains": statistics.mean(length < real.MIN_WORDS for length in lengths),
         })
     return {name: torch.tensor([float(row[name]) for row in rows]) for name in rows[0]}
 
