@@ -16,11 +16,14 @@ geometry     What moves in the hidden states, layer by layer, under ENIGMA, unde
              change of every weight matrix as large as ENIGMA's: what chance gives.
 long         Three times as long, 108 steps of both arms, evaluated every 18: following, words, mc2 at the end.
 
-In this order the first needs the trainings of experiments/real.py (made where they are missing, in the same
---output-dir) and the others share them. A study goes on where it was stopped. On one quiet core of an AMD EPYC
-without bfloat16 instructions, 40 to 60 seconds a step: transfer 3 hours with its 4 trainings (two seeds),
-temperature 6 with 13, si 4 with 9, geometry 10 minutes for each seed, long 4 hours. --jobs 2 runs two
-trainings side by side, one thread each. Writes STUDY.json and plots, and prints the tables.
+Nothing is chosen on what is reported: weights and sets are, on questions of choice.jsonl (others of GSM8K), and
+weights on a seed of their own. All share --output-dir with experiments/real.py; transfer, temperature and geometry
+stand on its trainings, and make those that are missing. Flags that are left go to train.py. A study goes on where
+it was stopped; what is in --output-dir already is not asked again, with whatever flags it was made.
+
+Hours of one quiet core of an AMD EPYC without bfloat16 instructions, at 40 to 60 seconds a step; --jobs 2, the
+default, takes half as long on two: transfer 2 for each seed (2 trainings), temperature 7 (13), si 6 (9), geometry
+a third for each seed, long 4 (2). Writes STUDY.json, of some STUDY.png, and prints the tables.
 """
 
 import itertools
