@@ -75,9 +75,9 @@ def backward(loss, terms: dict, share: float) -> dict:
     """
     terms = {"loss": loss, **terms}
     terms = {name: value.detach() if torch.is_tensor(value) else value for name, value in terms.items()}
-    for name in sorted(terms, key=lambda name: name == "loss"):  # a term says more than their sum
-        if name.startswith("loss"):
-            check_finite(name, torch.as_tensor(terms[name]))
+    for name in [name for name in terms if name.startswith("loss_")]:  # a term says more than their sum
+        check_finite(name, terms[name])
+    check_finite("the loss", loss)
     (share * loss).backward()
     return terms
 

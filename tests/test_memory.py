@@ -32,8 +32,9 @@ def loaded():
 
 def estimate(loaded, *flags):
     """(the parts of the estimate, the line, the settings) of a run with these flags."""
-    model, _, data = loaded
+    model, tokenizer, data = loaded
     config = train.parse(["--principles", PRINCIPLES, *SMALL, *flags])
+    settle(config, model, tokenizer)
     line = memory.fit(model, data, config)
     texts = memory.Texts(model, data.longest_prompts, config.max_completion_length)
     return memory.sizes(model, texts, None, config), line, config
@@ -117,7 +118,7 @@ def test_the_estimate_counts_what_it_says(loaded, monkeypatch):
 
 def test_a_row_and_a_token_keep_what_torch_keeps_of_a_whole_batch(loaded):
     model, prompts, kept = copy.deepcopy(loaded[0]), [[5, 6, 7, 8, 9] * 9, [5, 6, 9, 9, 7] * 9], {}
-    model.recompute_rows, texts = None, memory.Texts(model, prompts, 16)
+    model.recompute_rows, model.bf16, texts = None, False, memory.Texts(model, prompts, 16)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor):
