@@ -11,7 +11,7 @@ temperature  Does the papers' own term teach following at the temperature of its
              all, 36 steps on two seeds, beside GRPO alone and ENIGMA; its row and its column apart, once.
 si           Do principles of high SI train better? Nine sets of four from the pool, their SI as far apart as it
              goes: measured by si.py before the training, ENIGMA for 24 steps each. Rank correlations with where
-             the training ends and how steady it is; the sets that are drawn from are chosen on other questions.
+             the training ends and how steady it is. The sets are chosen by their SI on other questions.
 geometry     What moves in the hidden states, layer by layer, under ENIGMA, under GRPO alone, and under a random
              change of every weight matrix as large as ENIGMA's: what chance gives.
 long         Three times as long, 108 steps of both arms, evaluated every 18: following, words, mc2 at the end.

@@ -1,5 +1,6 @@
 """The studies on a real model: what they compute from trainings and completions, without training any."""
 
+import functools
 import json
 import sys
 from types import SimpleNamespace
@@ -157,6 +158,7 @@ def faked(tmp_path, monkeypatch):
         pyplot.close(draw(pyplot))
 
     monkeypatch.setattr(real_studies, "write_plot", write_plot)
+    monkeypatch.setattr(si_study, "correlation", functools.partial(si_study.correlation, resamples=40))
     for module in (real, real_studies, si_study):
         monkeypatch.setattr(module, "run_script", run_script)
         if hasattr(module, "run_training"):
