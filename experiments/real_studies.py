@@ -28,6 +28,7 @@ a third for each seed, long 4 (2). Writes STUDY.json, of some STUDY.png, and pri
 
 import itertools
 import json
+import math
 import re
 import statistics
 import sys
@@ -321,7 +322,7 @@ LAYER_FIGURES = {  # title -> figure of a layer of geometry.py's file
     "effective rank, after / before": lambda row: row["rank_after"] / row["rank_before"],
     "CKA": lambda row: row["linear_cka"],
     "drift / scale²": lambda row: row["sinkhorn"] / row["scale"] ** 2,
-    "drift in the span of the principles / chance": lambda row: row["drift_in_span"] / row["random_span"],
+    "drift in the span of the principles / chance": lambda row: (row["drift_in_span"] or math.nan) / row["random_span"],
 }
 
 
