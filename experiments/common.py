@@ -80,10 +80,21 @@ def training_minutes(directory: Path) -> float:
 
 
 def side_by_side(function, jobs, workers: int) -> dict:
-    """job -> function(*job), several at a time. After Ctrl-C those that run end, and no other begins."""
+    """job -> function(*job), several at a time. After Ctrl-C or a failure those that run end, and no other begins."""
+    failed = []
+
+    def run(job):
+        if failed:
+            raise SystemExit("not begun, since another has failed")  # never seen: the failed one comes first
+        try:
+            return function(*job)
+        except BaseException:
+            failed.append(job)
+            raise
+
     with ThreadPoolExecutor(workers) as pool:
         try:
-            return dict(zip(jobs, pool.map(lambda job: function(*job), jobs), strict=True))
+            return dict(zip(jobs, pool.map(run, jobs), strict=True))
         except KeyboardInterrupt:
             raise SystemExit("stopped; the same command goes on from here") from None
 

@@ -3,8 +3,9 @@
     python experiments/real_studies.py transfer --data FOLDER       # the flags of experiments/real.py
     python experiments/real_studies.py temperature --seeds 0 1 --limit 120
 
-transfer     Does it show where nobody rewarded it? Following under the ten principles of the pool that were
-             not trained; and, trained on GSM8K's questions alone, following on those of TruthfulQA.
+transfer     Does it show where nobody rewarded it? Following under the principles of the pool that were not
+             trained (without that of few words, which a collapse to short answers follows too); and, trained on
+             GSM8K's questions alone, following on those of TruthfulQA.
 temperature  Does the papers' own term teach following at the temperature of its text? The InfoNCE loss without
              any information in the reward: TEMPERATURES x WEIGHTS for 18 steps, on a seed and on questions that
              are not reported; the weight with the most following, the format not below the start's. The best of
@@ -114,6 +115,8 @@ def figures(evals: dict, when: str) -> dict:
 # --------------------------------------------------------------------------------------------------
 # transfer
 
+BY_LENGTH = "Use at most eight words."  # whatever is short follows it: in the table by principle alone
+
 
 def transfer(args) -> dict:
     untrained = args.output_dir / "untrained.txt"
@@ -147,7 +150,9 @@ def transfer(args) -> dict:
     rows, results = [], {}
     for study, title in titles.items():
         for name, seed in jobs:
-            answers, before = found[name, seed][study], found["start", seed][study]
+            answers, before = (
+                [row for row in found[of, seed][study] if row["principle"] != BY_LENGTH] for of in (name, "start")
+            )
             share, error = real.following(answers)
             change = real.following(answers, before) if name != "start" else None
             rows.append([title, name, seed, f"{share:.3f} ± {error:.3f}",

@@ -68,6 +68,22 @@ def test_a_training_that_was_stopped_goes_on_and_a_finished_one_is_left(tmp_path
     assert common.training_minutes(run) > 0
 
 
+def test_after_a_failure_no_other_job_begins():
+    begun = []
+
+    def job(number):
+        begun.append(number)
+        if number == 1:
+            raise SystemExit("the reason")
+        return -number
+
+    assert common.side_by_side(job, [(0,), (2,)], 2) == {(0,): 0, (2,): -2}
+    begun.clear()
+    with pytest.raises(SystemExit, match="the reason"):
+        common.side_by_side(job, [(number,) for number in range(9)], 1)
+    assert begun == [0, 1]
+
+
 def test_a_script_that_fails_is_one_line_with_its_reason(tmp_path):
     (tmp_path / "fails.py").write_text("print('shown'); raise SystemExit('error: for this reason')")
     for log in (None, tmp_path / "log"):
