@@ -35,11 +35,13 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from experiments import smollm2  # noqa: E402
 from experiments.common import (  # noqa: E402
@@ -207,7 +209,7 @@ def write_completions(model_folder: str, path: str, *flags) -> None:
     rows = []
     for number, question in enumerate(tqdm(data.held_out, "following")):  # one at a time: its prompts share it
         task = Task(question, data.principles, f"{config.seed} following {number}")
-        texts = sample(model, tokenizer, [task], 1, config).texts[0]  # K lists of one
+        texts = sample(model, tokenizer, data.template, [task], 1, config).texts[0]  # K lists of one
         rows += [
             {"question": question.text, "principle": p.text, "text": text, "follows": follows(p.text, text)}
             for p, (text,) in zip(data.principles, texts)

@@ -35,10 +35,12 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
+import torch  # noqa: E402
 
 import metrics  # noqa: E402
 import si  # noqa: E402
@@ -54,7 +56,7 @@ from experiments.common import (  # noqa: E402
 )
 from experiments.preference import course  # noqa: E402
 from infonce import column_info_nce, row_info_nce  # noqa: E402
-from support.data import pick_questions  # noqa: E402
+from support.data import make_template, pick_questions  # noqa: E402
 from support.files import load_principles, save_principles  # noqa: E402
 from support.model import load_model  # noqa: E402
 from support.report import write_plot  # noqa: E402
@@ -240,9 +242,10 @@ def write_sets(model: str, dataset: str, directory: str) -> None:
         principles=str(real.POOL), model=model, dataset=dataset, num_questions=16, temperature=0.8,
         max_completion_length=48,
     )
-    principles, questions = load_principles(real.POOL), pick_questions(config)
-    names = ["pool"] * len(principles)
-    _, scores = si.estimate_si(*load_model(model, torch.device("cpu")), principles, questions, config, names)
+    principles, template = load_principles(real.POOL), make_template(config)
+    reader = *load_model(model, torch.device("cpu")), template
+    questions = pick_questions(*reader[:2], [principle.text for principle in principles], template, config)
+    _, scores = si.estimate_si(*reader, principles, ["pool"] * len(principles), questions, config)  # [N, 14, 14]
     subsets = list(itertools.combinations(range(len(principles)), SET_SIZE))
     nats = metrics.subset_information(scores, torch.tensor(subsets)).mean(0)  # [B]
     order = nats.argsort().tolist()

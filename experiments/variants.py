@@ -31,10 +31,12 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
+import torch  # noqa: E402
 
 import train  # noqa: E402
 from experiments.ablation import measure_follows  # noqa: E402
@@ -119,14 +121,15 @@ def exchange(name: str) -> None:
     elif name == "unpaired":
         found = {}
 
-        def sample(model, tokenizer, tasks, num_generations, config):
-            found["tokenizer"] = tokenizer
-            return original_sample(model, tokenizer, tasks, num_generations, config)
+        def sample(model, tokenizer, template, tasks, num_generations, config):
+            found.update(tokenizer=tokenizer, template=template)
+            return original_sample(model, tokenizer, template, tasks, num_generations, config)
 
         def make_targets(model, reference, batch, rewards, config):  # evaluations report the paired drift
             targets = original_targets(model, reference, batch, rewards, config)
             tasks = [train.Task(task.question, task.principles, f"{task.key} start") for task in batch.tasks]
-            own = original_sample(reference, found["tokenizer"], tasks, config.num_generations, config)
+            sampler = reference, found["tokenizer"], found["template"]
+            own = original_sample(*sampler, tasks, config.num_generations, config)
             tokens, weights = train.choose_ot_tokens(own, config)  # [Q, n] both
             if not torch.equal(weights, targets.ot_weights):
                 raise SystemExit("unpaired: fewer completion tokens than --ot-tokens")

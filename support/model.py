@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from support.errors import InputError, check_finite
-from support.files import written_whole
 from support.prefix import head
 from support.prompts import PLAIN_TEMPLATE, context_length, eos_ids
 from support.sampling import sample, uniform_numbers
 from support.scoring import hidden_states, log_probs
+from support.writing import written_whole
 
 CHECK_TOKENS, CHECK_WORK = 2**11, 2**35  # `check_model` reads at most so many tokens, and tokens x parameters
 SWITCHES = r"'\w*(?:window|chunk|block|topk|original_max_position)\w*': (\d+)"  # where attention changes
@@ -96,8 +96,8 @@ def add_lora(model, rank: int, seed: int):
     return peft.get_peft_model(model, settings).eval()
 
 
-def save_model(model, tokenizer, folder, card: str) -> None:
-    """Write folder/final: model, tokenizer, card. LoRA is merged there, and alone in adapter/."""
+def save_model(model, tokenizer, template, folder, card: str) -> None:
+    """Write folder/final: model, tokenizer, prompt.json, card. LoRA is merged there, and alone in adapter/."""
     if hasattr(model, "merge_and_unload"):
         with written_whole(folder / "adapter") as aside:
             model.save_pretrained(aside, save_embedding_layers=False)
@@ -105,6 +105,7 @@ def save_model(model, tokenizer, folder, card: str) -> None:
     with written_whole(folder / "final") as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        template.save(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
 
 

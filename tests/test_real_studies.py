@@ -210,7 +210,7 @@ def test_the_sets_lie_evenly_between_the_least_and_the_most_si(tmp_path, monkeyp
     torch.manual_seed(0)
     scores = torch.randn(6, 14, 14) + torch.diag(torch.linspace(0, 6, 14))  # [N, K, K] some are told apart, some not
     monkeypatch.setattr(real_studies.si, "estimate_si", lambda *_: ({}, scores))
-    monkeypatch.setattr(real_studies, "pick_questions", lambda config: [])
+    monkeypatch.setattr(real_studies, "pick_questions", lambda *_: [])
     monkeypatch.setattr(real_studies, "load_model", lambda *_: (None, None))
     real_studies.write_sets("model", None, str(tmp_path / "sets"))
     pool = [principle.text for principle in load_principles(real.POOL)]
