@@ -32,12 +32,12 @@ import torch
 
 from grpo import format_reward, group_advantages, grpo_loss
 from infonce import symmetric_info_nce
-from metrics import column_information, information, mutual_information
+from metrics import information, mutual_information
 from sinkhorn import relative_eps, sinkhorn_divergence
 from support import memory, parallel, preferences, sampling, tiny
 from support.answers import answer_is_right, cot_mask, decode
 from support.command import exit_status, parse
-from support.data import Data, load_data
+from support.data import Data, items_of_step, load_data
 from support.errors import check_finite
 from support.files import Principle, Question
 from support.model import add_lora, load_model
@@ -46,7 +46,7 @@ from support.run import Run, choose_directory, settle
 from support.sampling import uniform_numbers
 from support.scoring import frozen_start, score_matrix
 from support.settings import Config
-from support.steps import backward, combine, descend, gather_evaluation, items_of_step, micro_batches
+from support.steps import backward, combine, descend, gather_evaluation, micro_batches
 
 
 def loop(run: Run) -> None:
@@ -57,7 +57,7 @@ def loop(run: Run) -> None:
             run.record_evaluation(evaluate(model, reference, tokenizer, data, config))
         step.start_clock()
         tasks = draw(data.questions, data.principles, config, step.number)
-        batch = sample(model, tokenizer, tasks, config.num_generations, config)
+        batch = sample(model, tokenizer, data.template, tasks, config.num_generations, config)
         scores = read_scores(model, batch, config) if config.mi_reward else None  # [Q, G, K, K]
         rewards = reward_completions(batch, config, scores)
         step.log_seconds("seconds_sampling")
@@ -87,7 +87,7 @@ def train(config: Config) -> Path:
     parallel.start()
     directory = choose_directory(config)
     model, tokenizer = load(config)
-    data = load_data(model, tokenizer, config)
+    data = (load_data if config.principles else preferences.load_pairs)(model, tokenizer, config)
     print(memory.fit(model, data, config), flush=True)
     # The reference is a frozen copy; with LoRA, the model without its adapters. Pairs keep its log-probabilities.
     reference = copy.deepcopy(model).requires_grad_(False) if config.principles and not config.lora_rank else None
@@ -175,11 +175,11 @@ def draw(questions: list, principles: list, config: Config, step: int) -> list[T
 
 
 @torch.no_grad()
-def sample(model, tokenizer, tasks: list[Task], num_generations: int, config: Config) -> Batch:
+def sample(model, tokenizer, template, tasks: list[Task], num_generations: int, config: Config) -> Batch:
     """Sample G completions of each question under each principle."""
     num = len(tasks[0].principles)
     pairs = [(task.question.text, principle.text) for task in tasks for principle in task.principles]  # Q·K
-    prompts = config.form.encode(tokenizer, pairs, prompt_limit(model, config.max_completion_length))  # Q·K
+    prompts = template.encode(tokenizer, pairs, prompt_limit(model, config.max_completion_length))  # Q·K
     shape = num, num_generations, config.max_completion_length
     uniform = uniform_numbers([task.key for task in tasks], *shape, device=model.device)  # [Q, K, G, T]
     ends = eos_ids(model, tokenizer)
@@ -190,7 +190,7 @@ def sample(model, tokenizer, tasks: list[Task], num_generations: int, config: Co
     return Batch(
         tasks=tasks,
         prompts=[prompts[q : q + num] for q in range(0, len(prompts), num)],
-        texts=decode(tokenizer, tokens, mask, ends, config.form.prefill),
+        texts=decode(tokenizer, tokens, mask, ends, template.prefill),
         tokens=tokens,
         mask=mask,
         cot=cot_mask(tokenizer, tokens, mask),
@@ -364,13 +364,14 @@ def evaluate(model, reference, tokenizer, data: Data, config: Config) -> dict:
     ][parallel.share(len(data.held_out))]
     size = max(1, config.eval_rows // num)
     pieces = [tasks[i : i + size] for i in range(0, len(tasks), size)]
-    return gather_evaluation([evaluate_tasks(model, reference, tokenizer, piece, config) for piece in pieces], num)
+    models = model, reference, tokenizer, data.template
+    return gather_evaluation([evaluate_tasks(*models, piece, config) for piece in pieces], num)
 
 
 @torch.no_grad()
-def evaluate_tasks(model, reference, tokenizer, tasks: list[Task], config: Config):
+def evaluate_tasks(model, reference, tokenizer, template, tasks: list[Task], config: Config):
     """(values [Q] by name, an example) of one completion of each question under each principle."""
-    batch = sample(model, tokenizer, tasks, 1, config)
+    batch = sample(model, tokenizer, template, tasks, 1, config)
     rewards = reward_completions(batch, config)
     ot_tokens, ot_weights = choose_ot_tokens(batch, config)  # [Q, n] both
     outputs = read(model, batch, ot_tokens, config, 1)
@@ -385,7 +386,7 @@ def evaluate_tasks(model, reference, tokenizer, tasks: list[Task], config: Confi
         "closed": torch.tensor(closed).float().mean(1),
         "accuracy": torch.tensor(right).float().reshape(len(known), config.num_principles).mean(1),
         "mi_row": information(scores).mean(1),
-        "mi_column": column_information(scores).mean(1),
+        "mi_column": information(scores, "column").mean(1),
         "sinkhorn": drift(outputs.states, reference_states, ot_weights, config)[0],
         "completion_length": batch.mask.sum(-1).float().mean((1, 2)),
     }, example | {"completion": batch.texts[0][0][0]}

@@ -198,7 +198,7 @@ def write_completions(model_folder: Path, flags, path: Path) -> None:
     rows = []
     for number, question in enumerate(tqdm(data.held_out, "following")):  # one at a time: its prompts share it
         task = Task(question, data.principles, f"{config.seed} following {number}")
-        texts = sample(model, tokenizer, [task], 1, config).texts[0]  # K lists of one
+        texts = sample(model, tokenizer, data.template, [task], 1, config).texts[0]  # K lists of one
         rows += [
             {"question": question.text, "principle": p.text, "text": text, "follows": follows(p.text, text)}
             for p, (text,) in zip(data.principles, texts)

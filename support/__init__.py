@@ -11,12 +11,15 @@
     settings       every flag, its help and its bounds
     tiny           the embedded task and its model
     model          a language model: loaded, compared with its plain forward, LoRA, saved
+    chains         chains of thought for si.py and geometry.py: sampled, and scored under principles
+    propose        new principles: written by the model, or joined from given ones
     scoring        log-probabilities and hidden states of completions; the score matrix
     sampling       completions by name: any batch, device and number of processes gives the same
     prefix         a prompt goes through the model once; its completions share keys and values
     answers        what a completion says: its text, its chain of thought, its answer
     prompts        from a question and a principle to tokens: template, BOS, ends of a turn
-    files          principles, questions and examples, read from files and data sets
+    files          principles, questions, examples and pairs as records, read from files
+    rows           rows of .jsonl, .csv, .parquet and data sets, as they stand, and their fields
     writing        files that are written whole or not at all
     display        what is shown may get lost: no print ends a command
     parallel       several processes, by torch.distributed

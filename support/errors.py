@@ -9,6 +9,10 @@ class InputError(ValueError):
         return text if text.isprintable() else repr(text)[1:-1]  # of a name with a newline, say
 
 
+class TooLong(InputError):
+    """A text with more tokens than the model's context has room for."""
+
+
 class NotFinite(FloatingPointError):
     """A number that training needs is not finite."""
 

@@ -96,8 +96,8 @@ def add_lora(model, rank: int, seed: int):
     return peft.get_peft_model(model, settings).eval()
 
 
-def save_model(model, tokenizer, folder, card: str) -> None:
-    """Write folder/final: model, tokenizer, card. LoRA is merged there, and alone in adapter/."""
+def save_model(model, tokenizer, template, folder, card: str) -> None:
+    """Write folder/final: model, tokenizer, prompt.json, card. LoRA is merged there, and alone in adapter/."""
     if hasattr(model, "merge_and_unload"):
         with written_whole(folder / "adapter") as aside:
             model.save_pretrained(aside, save_embedding_layers=False)
@@ -105,6 +105,7 @@ def save_model(model, tokenizer, folder, card: str) -> None:
     with written_whole(folder / "final") as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        template.save(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
 
 

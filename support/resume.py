@@ -69,7 +69,7 @@ def start_state(config, model, tokenizer, data) -> dict:
         "settings": fingerprint(config),
         "checksums": {
             "weights": weights_sha256(model),
-            "prompt": prompt_fingerprint(tokenizer, model.generation_config, config.form),
+            "prompt": prompt_fingerprint(tokenizer, model.generation_config, data.template),
             "held_out": hashlib.sha256(repr(held_out).encode()).hexdigest(),
         },
         "evals": {"start": None, "steps": {}},

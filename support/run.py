@@ -31,7 +31,7 @@ import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from metrics import sufficiency
+from metrics import share_of_ceiling
 from support import checkpoint, parallel, resume
 from support.data import Data, example_prompt
 from support.errors import InputError, NotFinite
@@ -70,7 +70,7 @@ class Run:
         elif self.writer:
             write_config(directory, config, data, model.device)
             if data.principles:
-                (directory / "prompt.txt").write_text(example_prompt(tokenizer, data, config), encoding="utf-8")
+                (directory / "prompt.txt").write_text(example_prompt(tokenizer, data), encoding="utf-8")
 
     @contextlib.contextmanager
     def catching(self):
@@ -153,7 +153,7 @@ class Run:
             append_json(self.directory / "samples.jsonl", {"step": step.number + 1, **row})
         if "mi_row" in terms:
             terms["mi_ceiling"] = math.log(self.config.num_principles)
-            terms["si"] = sufficiency(terms["mi_row"], self.config.num_principles)
+            terms["si"] = share_of_ceiling(terms["mi_row"], self.config.num_principles)
         append_json(self.directory / "metrics.jsonl", {"step": step.number + 1, **terms})
         shown = ("reward", "format", "si", "loss_ot", "pair_margin", "pair_accuracy")
         self.bar.set_postfix({name: f"{terms[name]:.2f}" for name in shown if name in terms})
@@ -172,7 +172,7 @@ class Run:
         self.between_steps = False  # a signal changes nothing any more: what is left is soon written
         if not self.writer:
             return
-        save_model(self.model, self.tokenizer, self.directory, model_card(self))
+        save_model(self.model, self.tokenizer, self.data.template, self.directory, model_card(self))
         report(self.directory, self.state["evals"])
         if path := write_plot(self.directory / "curves.png", lambda plt: draw_run(plt, self.directory)):
             print(f"plot {path}")

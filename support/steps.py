@@ -10,15 +10,13 @@ micro-batches, passes and processes. `combine` makes one figure of them, by the 
     a mean          weighed by what it is a mean over: tokens, ratios, else items (questions, or pairs)
 """
 
-import functools
-import random
 import time
 from dataclasses import dataclass, field
 
 import torch
 import transformers
 
-from metrics import information, interval, sufficiency_interval
+from metrics import interval, mutual_information, si_interval
 from support import parallel
 from support.errors import InputError, check_finite
 
@@ -57,24 +55,6 @@ class Step:
         self.figures |= combine(parallel.gather(figures))
         known = self.scores if scores is None else [scores]
         self.samples = sample_rows(batch, rewards, known[0] if known else None)
-
-
-def items_of_step(total: int, step: int, num: int, seed: int) -> list[int]:
-    """Which `num` of `total` questions or pairs a step takes: a function of seed and step alone.
-
-    The steps go through all of them, in a new order each epoch; one that reaches the end of an epoch
-    goes on in the next, so that all steps are of one size and no item is taken twice as often as another.
-    """
-    places = (divmod(place, total) for place in range(step * num, (step + 1) * num))
-    return [epoch_order(total, seed, epoch)[place] for epoch, place in places]
-
-
-@functools.lru_cache(maxsize=2)  # a step may need two
-def epoch_order(total: int, seed: int, epoch: int) -> list[int]:
-    """A random order of range(total)."""
-    order = list(range(total))
-    random.Random(f"{seed} epoch {epoch}").shuffle(order)
-    return order
 
 
 def combine(parts: list[dict]) -> dict:
@@ -157,7 +137,7 @@ def gather_evaluation(parts: list, num_principles: int | None = None) -> dict:
     columns = {name: torch.cat([values[name] for values, _ in everywhere]) for name in everywhere[0][0]}  # [N] each
     result = {name: interval(column) for name, column in columns.items() if len(column)}
     if num_principles:
-        result["si"] = sufficiency_interval(columns["mi_row"], num_principles)
+        result["si"] = si_interval(columns["mi_row"], num_principles)
     first = next(iter(columns.values()))
     return {"questions": len(first), **result, "example": everywhere[0][1]}
 
@@ -177,7 +157,7 @@ def batch_figures(batch, rewards, scores=None) -> dict:
     }
     if scores is not None:
         figures["format"] = rewards.formats.mean().item()
-        figures["mi_row"] = information(scores.flatten(0, 1)).mean().item()
+        figures["mi_row"] = mutual_information(scores.flatten(0, 1)).row.item()
     return figures
 
 
