@@ -39,13 +39,6 @@ class Data:
     pairs: object = None  # preferences.Pairs to train on, with the reference's log-probabilities
     held_out_pairs: object = None
 
-    @property
-    def fingerprint(self) -> str:
-        """A sha256 of the held-out questions: an evaluation compares with those of the same ones only."""
-        texts = [question.text for question in self.held_out]
-        prompts = [] if self.held_out_pairs is None else self.held_out_pairs.prompts
-        return hashlib.sha256(repr((texts, prompts)).encode()).hexdigest()
-
 
 def load_data(model, tokenizer, config) -> Data:
     """Read and split principles and questions, and refuse what a later step would stumble over."""

@@ -21,8 +21,9 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from support.errors import InputError, TooLong
-from support.files import Example, example_of, write_numbers
+from support.files import Example, example_of
 from support.rows import good, short
+from support.writing import write_json
 
 # What a configuration calls the length of its context; where there are several, the first counts.
 CONTEXT_NAMES = (
@@ -107,7 +108,7 @@ class PromptTemplate:
     def save(self, folder) -> None:
         """Write prompt.json into a model's folder, whose default it then is; see `of_folder`."""
         examples = [asdict(example) for example in self.examples]
-        write_numbers(Path(folder) / PROMPT_FILE, {"examples": examples, "prefill": self.prefill})
+        write_json(Path(folder) / PROMPT_FILE, {"examples": examples, "prefill": self.prefill})
 
     @classmethod
     def of_folder(cls, name: str) -> "PromptTemplate | None":

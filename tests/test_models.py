@@ -31,7 +31,7 @@ from support.errors import InputError
 from support.files import Question, load_questions
 from support.model import add_lora, check_model, load_model, save_model
 from support.prefix import head
-from support.prompts import build_messages, encode_prompts, prompt_limit
+from support.prompts import PromptTemplate, build_messages, encode_prompts, prompt_limit
 from support.run import settle
 from support.sampling import uniform_numbers
 from support.scoring import hidden_states, log_probs
@@ -414,7 +414,7 @@ def test_a_pad_token_that_the_model_lacks_is_harmless_also_in_what_was_trained(t
     assert transformers.AutoTokenizer.from_pretrained(folder).pad_token_id == 512, "as many as the model has tokens"
     model, tokenizer = load_model(folder, torch.device("cpu"))
     assert tokenizer.pad_token_id < 512
-    save_model(model, tokenizer, tmp_path, "a card")
+    save_model(model, tokenizer, PromptTemplate(), tmp_path, "a card")
     _, again = load_model(str(tmp_path / "final"), torch.device("cpu"))
     assert again.pad_token_id == tokenizer.pad_token_id
     with pytest.raises(InputError, match="PAD"):  # it never reaches the model from a file either
@@ -439,7 +439,7 @@ def make_batch(model, tokenizer, *flags, start=None):
     config = train.parse(["--principles", PRINCIPLES, *SMALL, *flags])
     settle(config, model, tokenizer)
     tasks = train.draw(tiny.make_questions(50, False), tiny.principles(), config, 0)
-    batch = train.sample(model, tokenizer, tasks, config.num_generations, config)
+    batch = train.sample(model, tokenizer, PromptTemplate(), tasks, config.num_generations, config)
     rewards = train.reward_completions(batch, config)
     return config, batch, train.make_targets(model, start or copy.deepcopy(model), batch, rewards, config)
 

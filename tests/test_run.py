@@ -19,7 +19,6 @@ from support import checkpoint, settings, tiny
 from support.data import Data
 from support.errors import InputError
 from support.files import load_principles
-from support.prompts import Form
 from support.run import ONE_REQUEST, Run, choose_directory, write_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -239,20 +238,13 @@ def test_a_schedule_that_cannot_be_made_is_refused_before_anything_is_written(tm
 # ------------------------------------------------------------------------------------------------ the prompt
 
 
-def test_the_embedded_model_has_its_own_prompt_and_a_real_one_examples_and_a_prefill(tmp_path):
-    own = train.parse(["--principles", PRINCIPLES]).form
-    real = train.parse(["--principles", PRINCIPLES, "--model", "some/model"]).form
-    assert own == Form() and real.prefill == "<reasoning>" and len(real.examples) >= 1
-    assert train.parse(["--principles", PRINCIPLES, "--model", "m", "--examples", "none", "--prefill", "False"]).form == own
-    given = train.parse(["--principles", PRINCIPLES, "--examples", write_examples(tmp_path), "--prefill"]).form
-    assert [example.answer for example in given.examples] == ["2", "4"] and given.prefill == "<reasoning>"
-
-
 def test_a_run_shows_its_prompt_and_its_card_says_how_to_use_the_model(tmp_path):
     assert run(tmp_path, "--examples", write_examples(tmp_path), "--prefill") == 0
     prompt = (tmp_path / "run" / "prompt.txt").read_text(encoding="utf-8")
     assert prompt.endswith("<|assistant|><reasoning>") and prompt.count("<|user|>") == 3
     assert "<reasoning>Dear reader, it is 2.</reasoning><answer>2</answer><|end|>" in prompt
+    stored = json.loads((tmp_path / "run" / "final" / "prompt.json").read_text())
+    assert stored["prefill"] == "<reasoning>" and [example["answer"] for example in stored["examples"]] == ["2", "4"]
     card = (tmp_path / "run" / "final" / "README.md").read_text(encoding="utf-8")
     assert prompt in card and "- Number every step." in card and "| format |" in card and card.startswith("# run\n")
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
