@@ -63,13 +63,14 @@ def find(name: str) -> tuple[Path, Path]:
 
 def start_state(config, model, tokenizer, data) -> dict:
     """The state of a run before its first step; resuming compares the checksums."""
+    held_out = [data.held_out, data.held_out_pairs.prompts if data.held_out_pairs else None]
     return {
         "step": 0,
         "settings": fingerprint(config),
         "checksums": {
             "weights": weights_sha256(model),
             "prompt": prompt_fingerprint(tokenizer, model.generation_config, data.template),
-            "held_out": data.fingerprint,
+            "held_out": hashlib.sha256(repr(held_out).encode()).hexdigest(),
         },
         "evals": {"start": None, "steps": {}},
     }
