@@ -8,6 +8,8 @@ mean shift), whether they moved along the principles' directions, and how much t
 distributions differ (Fisher-Rao, KL). metrics.py and sinkhorn.py have the estimators.
 """
 
+import support  # isort: skip  # noqa: F401  (before torch: see there)
+
 import math
 import random
 import sys
@@ -19,15 +21,16 @@ from tqdm import tqdm
 import metrics
 from sinkhorn import relative_eps, sinkhorn_divergence
 from support.chains import sample_chains
-from support.command import check_written_files, load_named, run_command
+from support.command import check_written_files, exit_status, load_named, parse
 from support.data import pick_questions
 from support.errors import InputError
-from support.files import load_principles, write_numbers
+from support.files import load_principles
 from support.prefix import head
 from support.prompts import prompt_limit
 from support.report import layer_plot, print_geometry, write_plot
 from support.scoring import block_side, layer_states
 from support.settings import MAX_SEED, DatasetConfig, check_bounds, option
+from support.writing import write_json
 
 CLOUD = 512  # points of a Sinkhorn divergence
 
@@ -170,7 +173,7 @@ def run_geometry(config: GeometryConfig) -> None:
     """Everything that `python geometry.py` does: the file first, then the report, then the plot."""
     summary = compare_models(config)
     if config.json:
-        write_numbers(config.json, {"command": "geometry", "settings": asdict(config), **summary})
+        write_json(config.json, {"command": "geometry", "settings": asdict(config), **summary})
     print_geometry(summary, config)
     if config.json:
         print(f"{config.json}: all numbers")
@@ -179,9 +182,8 @@ def run_geometry(config: GeometryConfig) -> None:
 
 
 def main(argv=None) -> int:
-    return run_command(GeometryConfig, run_geometry, __doc__.partition("\n")[0], argv)
+    return exit_status(lambda: run_geometry(parse(argv, GeometryConfig)))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows ASCII only
     sys.exit(main())

@@ -12,6 +12,8 @@ In order: settings, the measurement, its figures, selection, the command. suppor
 and scores, support/propose.py writes new principles.
 """
 
+import support  # isort: skip  # noqa: F401  (before torch: see there)
+
 import itertools
 import math
 import random
@@ -25,14 +27,15 @@ import metrics
 from grpo import format_reward
 from support.answers import answer_is_right
 from support.chains import sample_chains, score_chains
-from support.command import check_written_files, load_named, run_command
+from support.command import check_written_files, exit_status, load_named, parse
 from support.data import pick_questions
 from support.errors import InputError
-from support.files import load_principles, save_principles, write_numbers
+from support.files import load_principles, save_principles
 from support.prompts import prompt_limit
 from support.propose import propose
 from support.report import heat_map, print_si, write_plot
 from support.settings import MAX_SEED, DatasetConfig, check_bounds, option
+from support.writing import write_json
 
 PER_QUESTION = 16  # the most principles that a question is measured under
 
@@ -279,7 +282,7 @@ def run_si(config: SiConfig) -> None:
         summary["selection"] = select_principles(model, tokenizer, *arguments)
         chosen = summary["selection"]["indices"]
     if config.json:
-        write_numbers(config.json, {"command": "si", "settings": asdict(config), **summary})
+        write_json(config.json, {"command": "si", "settings": asdict(config), **summary})
     if config.out:
         save_principles(config.out, [principles[i] for i in chosen])
     print_si(summary, config)
@@ -292,9 +295,8 @@ def run_si(config: SiConfig) -> None:
 
 
 def main(argv=None) -> int:
-    return run_command(SiConfig, run_si, __doc__.partition("\n")[0], argv)
+    return exit_status(lambda: run_si(parse(argv, SiConfig)))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows ASCII only
     sys.exit(main())

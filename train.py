@@ -19,6 +19,8 @@ In order: the loop, a batch, the rewards, the losses, evaluation. Pairs have a l
 support/preferences.py. What surrounds both loops is support/run.py.
 """
 
+import support  # isort: skip  # noqa: F401  (before torch: see there)
+
 import copy
 import math
 import random
@@ -34,7 +36,7 @@ from metrics import information, mutual_information
 from sinkhorn import relative_eps, sinkhorn_divergence
 from support import memory, parallel, preferences, sampling, tiny
 from support.answers import answer_is_right, cot_mask, decode
-from support.command import outcome, parse
+from support.command import exit_status, parse
 from support.data import Data, load_data
 from support.errors import check_finite
 from support.files import Principle, Question
@@ -53,11 +55,12 @@ def loop(run: Run) -> None:
     for step in run.steps():
         if run.evaluation_due():
             run.record_evaluation(evaluate(model, reference, tokenizer, data, config))
+        step.start_clock()
         tasks = draw(data.questions, data.principles, config, step.number)
         batch = sample(model, tokenizer, tasks, config.num_generations, config)
         scores = read_scores(model, batch, config) if config.mi_reward else None  # [Q, G, K, K]
         rewards = reward_completions(batch, config, scores)
-        step.lap("seconds_sampling")
+        step.log_seconds("seconds_sampling")
         targets = make_targets(model, reference, batch, rewards, config)
         update(model, run.optimizer, batch, targets, step, config)
         step.add_batch(batch, rewards, scores)
@@ -92,7 +95,7 @@ def train(config: Config) -> Path:
         model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     run = Run(directory, config, model, reference, tokenizer, optimizer, data)
-    with run.guarded():
+    with run.catching():
         loop(run) if config.principles else preferences.loop(run)
         run.finish()
     return directory
@@ -390,9 +393,8 @@ def evaluate_tasks(model, reference, tokenizer, tasks: list[Task], config: Confi
 
 def main(argv=None) -> int:
     """Train by the command line; returns the exit status, see command.outcome."""
-    return outcome(lambda: train(parse(argv)))
+    return exit_status(lambda: train(parse(argv)))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # an emoji must not end a run on an ASCII terminal
     sys.exit(main())

@@ -27,6 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
@@ -35,7 +37,7 @@ from support import tiny  # noqa: E402
 from support.prompts import (
     build_messages,  # noqa: E402
     )
-from support.run import Step  # noqa: E402
+from support.steps import Step  # noqa: E402
 
 VARIANTS = {
     "GRPO": ["--lambda-mi", "0", "--lambda-ot", "0"],

@@ -14,11 +14,13 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-from torch.nn.functional import cosine_similarity as cosine
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
+import torch  # noqa: E402
+from torch.nn.functional import cosine_similarity as cosine  # noqa: E402
 
 import train  # noqa: E402
 from experiments.common import make_parser, run_script, side_by_side  # noqa: E402

@@ -28,20 +28,22 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from experiments import smollm2  # noqa: E402
 from experiments.common import read_lines  # noqa: E402
 from support.command import parse  # noqa: E402
 from support.data import load_data  # noqa: E402
-from support.files import write_aside  # noqa: E402
 from support.model import load_model  # noqa: E402
 from support.report import write_plot  # noqa: E402
 from support.scoring import hidden_states, log_probs  # noqa: E402
+from support.writing import write_aside  # noqa: E402
 from train import Task, load, sample  # noqa: E402
 
 POOL = ROOT / "principles" / "pool.txt"

@@ -28,17 +28,19 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
 try:
     import trl
 except ImportError as error:
     raise SystemExit(f"error: {error}; `pip install trl==1.16.0` brings what this benchmark needs") from None
 
-import torch
-import transformers
-from datasets import Dataset
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from datasets import Dataset  # noqa: E402
 
 import train  # noqa: E402
 from grpo import format_reward  # noqa: E402

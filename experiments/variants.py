@@ -31,10 +31,12 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
+import torch  # noqa: E402
 
 import train  # noqa: E402
 from experiments.ablation import measure_follows  # noqa: E402

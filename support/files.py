@@ -1,22 +1,19 @@
-"""Principles, questions and examples from files and data sets; files that are written."""
+"""Principles, questions and examples, read from files and data sets."""
 
-import contextlib
 import csv
 import difflib
-import hashlib
 import json
 import math
 import os
 import re
 import reprlib
-import shutil
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from support import parallel
 from support.errors import InputError
+from support.writing import write_aside
 
 MAX_LINE = 1_000_000  # bytes; a longer line means that the wrong file was named
 SHUFFLE_BUFFER = 10_000  # rows of a hub data set from which the next one is drawn
@@ -70,18 +67,6 @@ def save_principles(path, principles):
         write_aside(path, lambda aside: aside.write_bytes(text.encode()))
     except OSError as error:
         raise InputError(f"{printable(path)}: cannot be written ({error.strerror}); a writable file is accepted") from None
-
-
-def write_aside(path, write):
-    """`write(aside)`, then move `aside` to `path`: a crash leaves the old file or the new one."""
-    path = Path(path)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        write(aside)
-        os.replace(aside, path)
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
 
 
 def load_examples(path):
@@ -339,72 +324,3 @@ def short(value):
     """`value` on one line, in 40 characters."""
     shown = repr(value[:40]) if isinstance(value, str) else reprlib.repr(value)
     return shown if len(shown) <= 40 else shown[:39] + "…"
-
-
-@contextlib.contextmanager
-def written_whole(path: Path):
-    """A new directory to fill; once the block ends and all is on the disk, it is renamed to `path`.
-
-    After a kill or an error, `path` is what was there before, or missing.
-    """
-    aside = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)  # what a kill left
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        for written in (*aside.rglob("*"), aside):
-            sync(written)
-        remove(path)
-        aside.rename(path)
-        sync(path.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def remove(path: Path) -> None:
-    """Delete a directory. It is renamed first: a kill leaves no half of it under its name."""
-    gone = path.with_name(f".{path.name}.tmp-old")
-    shutil.rmtree(gone, ignore_errors=True)
-    if path.exists():
-        path.rename(gone)
-        shutil.rmtree(gone)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a directory's list of names, is on the disk."""
-    if path.is_file():
-        with path.open("rb+") as file:  # Windows syncs only what is open for writing
-            os.fsync(file.fileno())
-        return
-    with contextlib.suppress(PermissionError):  # and opens no directory
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def sha256(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value) -> None:
-    """A .json file of the run, never seen half written. Here and below process 0 alone writes."""
-    if parallel.rank() == 0:
-        write_numbers(path, value)
-
-
-def append_json(path: Path, value) -> None:
-    """Add a line to a .jsonl file."""
-    if parallel.rank() == 0:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(value, ensure_ascii=False) + "\n")
-
-
-def write_numbers(path, value) -> None:
-    """`value` as a .json file; NaN and infinities, which JSON does not have, become null."""
-    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))

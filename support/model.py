@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from support.errors import InputError, check_finite
-from support.files import written_whole
 from support.prefix import head
 from support.prompts import PLAIN_TEMPLATE, context_length, eos_ids
 from support.sampling import sample, uniform_numbers
 from support.scoring import hidden_states, log_probs
+from support.writing import written_whole
 
 CHECK_TOKENS, CHECK_WORK = 2**11, 2**35  # `check_model` reads at most so many tokens, and tokens x parameters
 SWITCHES = r"'\w*(?:window|chunk|block|topk|original_max_position)\w*': (\d+)"  # where attention changes

@@ -176,6 +176,7 @@ def loop(run) -> None:
     for step in run.steps():
         if run.evaluation_due():
             run.record_evaluation(evaluate_pairs(model, tokenizer, data.held_out_pairs, config))
+        step.start_clock()
         places = items_of_step(len(data.pairs), step.number, config.num_pairs, config.seed)
         update(model, run.optimizer, data.pairs.take(places[parallel.share(len(places))]), step, config)
         run.end_step(step)

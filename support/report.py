@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from support.data import example_prompt
-from support.files import write_aside
+from support.writing import write_aside
 
 PATIENCE = 5  # steps in a row that show a sign of trouble before it is a warning
 NO_FORMAT = (
@@ -69,14 +69,13 @@ def before_and_after(evals) -> list:
 def model_card(run) -> str:
     """README.md of final/: how to prompt the model as in training, and what training changed."""
     config, evals = run.config, run.state["evals"]
-    base = "the embedded model" if config.model == "tiny" else config.model
-    is_hub_id = config.model != "tiny" and not Path(config.model).exists()
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [enigma, grpo, alignment]"]
-    lines = [*head, *([f"base_model: {config.model}"] if is_hub_id else []), "---", "", f"# {run.directory.name}", ""]
-    lines += [f"{base}, trained with ENIGMA for {config.max_steps} steps, seed {config.seed}.", ""]
+    base = "The embedded model" if config.model == "tiny" else config.model
+    method = "with ENIGMA" if run.data.principles else "on preference pairs"
+    lines = [f"# {run.directory.name}", ""]
+    lines += [f"{base}, trained {method} for {config.max_steps} steps, seed {config.seed}.", ""]
     if run.data.principles:
         lines += ["## Principles", "", *(f"- {principle.text}" for principle in run.data.principles), ""]
-        lines += ["## Prompt", "", "One exactly as the model was trained on it, up to where its answer begins:", ""]
+        lines += ["## Prompt", "", "Exactly as the model was trained on it, up to where its answer begins:", ""]
         lines += ["````text", example_prompt(run.tokenizer, run.data, config), "````", ""]
         lines += [f"Sampled at temperature {config.temperature}, without top-k or top-p.", ""]
     lines += [f"## Before and after, on {evals['start']['questions']} held-out questions", ""]
@@ -99,8 +98,11 @@ def report(run_dir, evals) -> None:
           f"completions {run_dir}/samples.jsonl")
 
 
-def signs_of_trouble(terms: dict, streaks: Counter, config) -> list[str]:
-    """Warnings, each once, for what lasts PATIENCE steps; `streaks` counts the steps."""
+def warnings_for(terms: dict, streaks: Counter, config) -> list[str]:
+    """The warnings that are due: of each sign of trouble one, once it has shown for PATIENCE steps in a row.
+
+    `streaks` counts these steps, from one call to the next.
+    """
     reward, truncated = terms.get("format", terms.get("reward", 0.0)), terms.get("truncated", 0.0)
     no_spread = terms.get("zero_variance_groups", 0.0) >= 0.9
     signs = {

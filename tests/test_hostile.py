@@ -26,8 +26,9 @@ import train
 from support import model as loading
 from support import preferences, tiny
 from support.preferences import add_reference, encode_pairs
-from support.run import Step, settle
+from support.run import settle
 from support.settings import Config
+from support.steps import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO = b"Be brief.\nShow every step.\n"

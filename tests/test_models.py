@@ -31,9 +31,10 @@ from support.files import Question, load_questions
 from support.model import add_lora, check_model, load_model, save_model
 from support.prefix import head
 from support.prompts import build_messages, encode_prompts, prompt_limit
-from support.run import Step, settle
+from support.run import settle
 from support.sampling import uniform_numbers
 from support.scoring import hidden_states, log_probs
+from support.steps import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 PRINCIPLES = str(ROOT / "principles" / "reasoning.txt")

@@ -82,14 +82,14 @@ def test_a_process_that_dies_ends_the_other_with_the_reason(tmp_path):
     script.write_text(
         "import os, sys\n"
         "from support import parallel\n"
-        "from support.command import outcome\n"
+        "from support.command import exit_status\n"
         "def command():\n"
         "    parallel.start()\n"
         "    parallel.total({'steps': 1})\n"
         "    if parallel.rank() == 1:\n"
         "        os._exit(9)\n"
         "    parallel.total({'steps': 2})\n"
-        "sys.exit(outcome(command))\n"
+        "sys.exit(exit_status(command))\n"
     )
     begun = time.time()
     process = start_two(script)

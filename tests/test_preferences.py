@@ -25,7 +25,7 @@ from support.preferences import (
     preference_loss,
 )
 from support.prompts import turn_end
-from support.run import Step
+from support.steps import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "2 + 3?"), ("assistant", "5"), ("assistant", "6")))

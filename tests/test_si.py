@@ -5,7 +5,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import random
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ import si
 from experiments.si_study import reach
 from support import answers, propose, tiny
 from support.chains import Chain, sample_chains, score_chains
-from support.files import load_principles, save_principles, write_numbers
+from support.files import load_principles, save_principles
 from support.model import load_model
 from support.prompts import build_messages, encode_prompts, eos_ids
 from support.report import write_plot
@@ -319,20 +318,6 @@ def test_out_without_select_holds_all_best_first_and_a_seed_repeats(run, tmp_pat
     assert "accuracy" not in one["set"], "these questions have no answers"
 
 
-def test_an_interrupted_run_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "si.json"
-    path.write_text("old")
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", stop)
-    with pytest.raises(KeyboardInterrupt):
-        write_numbers(path, {"a": 1})
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    monkeypatch.undo()
-    write_numbers(path, {"a": math.nan, "b": [math.inf, 1.5]})
-    assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.5]}
 
 
 def test_a_missing_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):

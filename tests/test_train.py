@@ -14,7 +14,8 @@ import train
 from support import tiny
 from support.model import load_model
 from support.prompts import build_messages
-from support.run import Step, settle
+from support.run import settle
+from support.steps import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 PRINCIPLES = str(ROOT / "principles" / "reasoning.txt")

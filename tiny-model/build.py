@@ -21,12 +21,14 @@ import re
 import sys
 from pathlib import Path
 
-import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import trange
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
+import torch  # noqa: E402
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from tqdm import trange  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from grpo import TAGS, format_reward  # noqa: E402
 from metrics import mutual_information, share_of_ceiling, sufficiency_index  # noqa: E402
