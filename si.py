@@ -266,7 +266,8 @@ def run_si(config: SiConfig) -> None:
     """Everything that `python si.py` does, the files first, then the report, then the plot."""
     principles, template = load_principles(config.principles), make_template(config)
     model, tokenizer = load_named("--model", config.model)
-    questions = pick_questions(model, tokenizer, [p.text for p in principles], template, config)
+    texts = [text for p in principles for text in (p.text, p.negative) if text]
+    questions = pick_questions(model, tokenizer, texts, template, config)
     check_pool(config, len(principles) + (config.propose or 0), len(questions))
     print(template.describe(), flush=True)
     sources = [config.principles] * len(principles)
