@@ -28,10 +28,14 @@ def decode(tokenizer, tokens, mask, ends, prefill: str = "") -> list:
 
     Other special tokens stay: a reward must see that "…</answer><|user|>" goes on after the answer.
     """
-    if tokens.ndim == 1:
-        ids = tokens[mask].tolist()
+
+    def text(ids, lengths):
+        if isinstance(lengths, list):
+            return [text(*row) for row in zip(ids, lengths, strict=True)]
+        ids = ids[:lengths]
         return prefill + tokenizer.decode(ids[:-1] if ids and ids[-1] in ends else ids)
-    return [decode(tokenizer, *row, ends, prefill) for row in zip(tokens, mask)]
+
+    return text(tokens.tolist(), mask.sum(-1).tolist())  # lists first: a GPU is waited for twice, not at each row
 
 
 def cot_mask(tokenizer, tokens, mask, close: str = "</reasoning>"):

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from support.answers import decode
 from support.errors import check_finite
 from support.prefix import autocast, copy_cache, forward, head, prefill
+from support.prompts import eos_ids
 
 
 @dataclass
@@ -25,6 +27,20 @@ class Completions:
                 f"expected tokens and a bool mask, both [P, N, T]; got {list(self.tokens.shape)} and "
                 f"{list(self.mask.shape)} of {self.mask.dtype}"
             )
+
+
+def write(model, tokenizer, prompts, names, num_completions: int, max_new_tokens: int, temperature, opening=""):
+    """(N completions of each of P prompts, their texts as P lists of N): sampled, then decoded.
+
+    names: one for each prompt, or one for as many prompts as follow each other under a name. What
+    is written is a function of prompt, name and place under that name; see uniform_numbers. `opening`
+    is what the prompt has begun the answer with: it belongs to the text.
+    """
+    shape = len(prompts) // len(names), num_completions, max_new_tokens
+    uniform = uniform_numbers(names, *shape, device=model.device).flatten(0, 1)  # [P, N, T]
+    ends = eos_ids(model, tokenizer)
+    out = sample(model, prompts, uniform, temperature, ends, tokenizer.pad_token_id)
+    return out, decode(tokenizer, out.tokens, out.mask, ends, opening)
 
 
 def uniform_numbers(names: list[str], *shape: int, device="cpu"):

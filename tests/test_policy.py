@@ -16,7 +16,7 @@ from transformers import (
 
 from support import answers, prefix, sampling, scoring, tiny
 from support.answers import cot_mask
-from support.model import check_model
+from support.model import check_model, load_model
 from support.prefix import RoomyLayer, _cache_name
 from support.prompts import eos_ids
 from support.sampling import uniform_numbers
@@ -385,3 +385,16 @@ def test_states_of_the_cloud_alone_are_those_of_the_whole_reading_and_cost_fewer
         assert read == [48 if own_logp else 3 + 1 + 2]
     torch.testing.assert_close(states[False], states[True])
     assert (states[True][1, 1:] == 0).all() and states[True][0].abs().sum() > 0
+
+
+def test_what_is_written_has_the_tokens_and_texts_of_sampling_by_the_same_names():
+    model, tokenizer = load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    ends, pad = eos_ids(model, tokenizer), tokenizer.pad_token_id
+    prompts = [[1, *range(20, 20 + n)] for n in (5, 3, 7, 4)]
+    out, texts = sampling.write(model, tokenizer, prompts, ["a", "b"], 3, 8, 1.0, "<reasoning>")
+    uniform = uniform_numbers(["a", "b"], 2, 3, 8).flatten(0, 1)  # [P, N, T] a name for two prompts
+    plain = sampling.sample(model, prompts, uniform, 1.0, ends, pad)
+    assert torch.equal(out.tokens, plain.tokens) and torch.equal(out.mask, plain.mask)
+    ids = out.tokens[3, 2][out.mask[3, 2]].tolist()
+    assert [len(row) for row in texts] == [3] * 4
+    assert texts[3][2] == "<reasoning>" + tokenizer.decode(ids[:-1] if ids[-1] in ends else ids)
