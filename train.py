@@ -18,7 +18,6 @@ is a mean over questions of what each gives alone:
 In order: the loop, a batch, the losses, evaluation. What surrounds the loop is run.py.
 """
 
-import copy
 import math
 import random
 import sys
@@ -37,12 +36,12 @@ from support.command import outcome, parse
 from support.data import Data, load_data
 from support.errors import check_finite, diverging
 from support.files import Principle, Question
-from support.model import add_lora, has_bf16, load_model
+from support.model import add_lora, frozen_copy, has_bf16, load_model
 from support.preferences import evaluate_pairs, preference_loss
 from support.prompts import eos_ids, prompt_limit, set_date
 from support.run import Run, Step, choose_directory, make_schedule
 from support.sampling import uniform_numbers
-from support.scoring import frozen_start, score_matrix
+from support.scoring import frozen_start, read_completions
 from support.settings import Config
 
 
@@ -111,9 +110,10 @@ def train(config: Config) -> Path:
     directory = choose_directory(config)
     model, tokenizer = load(config)
     data = load_data(model, tokenizer, config)
-    print(memory.fit(model, data, config), flush=True)
+    config.gradient_checkpointing, config.micro_batch, line = memory.fit(model, data, config)
+    print(line, flush=True)
     # The frozen start is a copy of the model; with LoRA it is the model without its adapters.
-    reference = copy.deepcopy(model).requires_grad_(False) if data.principles and not config.lora_rank else None
+    reference = frozen_copy(model, config.bf16) if data.principles and not config.lora_rank else None
     optimizer = torch.optim.AdamW(
         model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
@@ -130,9 +130,9 @@ def load(config: Config):
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if config.bf16 is None:  # the embedded model is too small to gain by it on a CPU
         config.bf16 = has_bf16(device) and (device.type == "cuda" or config.model != "tiny")
-    model, tokenizer = load_model(tiny.model_path(config.model), device, config.bf16)
+    model, tokenizer = load_model(tiny.model_path(config.model), device)
     config.date = set_date(tokenizer, parallel.gather(set_date(tokenizer, config.date))[0])  # of process 0
-    return add_lora(model, config.lora_rank, config.seed) if config.lora_rank else model, tokenizer
+    return add_lora(model, config.lora_rank, config.seed, config.bf16) if config.lora_rank else model, tokenizer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,7 +214,8 @@ def sample(model, tokenizer, tasks: list[Task], num_generations: int, config: Co
     keys, shape = [task.key for task in tasks], (num, num_generations, config.max_completion_length)
     uniform = uniform_numbers(keys, *shape, device=model.device)  # [Q, K, G, T]
     ends = eos_ids(model, tokenizer)
-    out = sampling.sample(model, prompts, uniform.flatten(0, 1), config.temperature, ends, tokenizer.pad_token_id)
+    how = config.temperature, ends, tokenizer.pad_token_id, config.bf16
+    out = sampling.sample(model, prompts, uniform.flatten(0, 1), *how)
     tokens, mask, truncated, entropy = (
         t.unflatten(0, (len(tasks), num)) for t in (out.tokens, out.mask, out.truncated, out.entropy)
     )  # [Q, K, G, T] twice, [Q, K, G] twice
@@ -267,7 +268,8 @@ def add_rewards(batch: Batch, config: Config, model=None) -> None:
 def read(model, batch: Batch, config: Config, generations: int = 0, own_logp: bool = True) -> Reading:
     """Each completion under its own principle; for the scores, `generations` of G under all."""
     tokens = batch.prompts, batch.tokens, batch.mask, batch.cot
-    reading = Reading(*score_matrix(model, *tokens, config.temperature, generations, batch.cloud, own_logp))
+    which = config.temperature, generations, batch.cloud, own_logp
+    reading = Reading(*read_completions(model, *tokens, *which, **config.how_read))
     check_finite("a hidden state", reading.states)
     return reading
 

@@ -78,7 +78,7 @@ def load_data(model, tokenizer, config) -> Data:
         else:
             train, held_out = split_questions(load_preferences(config.preferences), config.eval_questions, config.seed)
         data.pairs, data.held_out_pairs = (
-            with_reference(model, encode_pairs(model, tokenizer, pairs), config.temperature)
+            with_reference(model, encode_pairs(model, tokenizer, pairs), config.temperature, **config.how_read)
             for pairs in (train[:needed], held_out)
         )
     return data

@@ -20,7 +20,7 @@ from support.errors import InputError, diverging
 from support.files import answer_of, printable, refuse_near_names, rows_of, short, text_of
 from support.prompts import encode_texts, eos_ids, prompt_limit, refuse_control, render_prompts, turn_end
 from support.sampling import sample, uniform_numbers
-from support.scoring import hidden_states, log_probs
+from support.scoring import completion_logp
 
 LOSSES = {"infopo": infopo_loss, "dpo": dpo_loss}
 DEFAULT_BETA = 0.1  # the best of experiments/preference.py, for InfoPO and within noise for DPO
@@ -158,24 +158,23 @@ def encode_pairs(model, tokenizer, preferences) -> Pairs:
     return Pairs([row[0] for row in rows], tokens, mask, [p.answer for p in preferences])
 
 
-def pair_logp(model, pairs: Pairs, temperature):
+def pair_logp(model, pairs: Pairs, temperature, **how):
     """Summed log-probabilities of chosen and rejected: [P, 2], nats."""
-    hidden = hidden_states(model, pairs.prompts, pairs.tokens, pairs.mask)  # [P, 2, T, d]
-    logp = log_probs(model, hidden, pairs.tokens, pairs.mask, temperature)  # [P, 2, T]
+    logp = completion_logp(model, pairs.prompts, pairs.tokens, pairs.mask, temperature, **how)  # [P, 2, T]
     return sequence_logp(logp, pairs.mask)  # [P, 2]
 
 
 @torch.no_grad()
-def with_reference(model, pairs: Pairs, temperature) -> Pairs:
+def with_reference(model, pairs: Pairs, temperature, **how) -> Pairs:
     """The pairs with the log-probabilities that `model`, the policy at the start, gives them."""
     parts = [pairs[p : p + PAIRS_PER_FORWARD] for p in range(0, len(pairs), PAIRS_PER_FORWARD)]
-    return replace(pairs, ref_logp=torch.cat([pair_logp(model, part, temperature) for part in parts]))  # [P, 2]
+    return replace(pairs, ref_logp=torch.cat([pair_logp(model, part, temperature, **how) for part in parts]))  # [P, 2]
 
 
 @diverging()
 def preference_loss(model, pairs: Pairs, config):
     """(loss, terms), means over pairs. The weight is lambda_pref beside principles, and 1 alone."""
-    logp = pair_logp(model, pairs, config.temperature)  # [P, 2]
+    logp = pair_logp(model, pairs, config.temperature, **config.how_read)  # [P, 2]
     beta = DEFAULT_BETA if config.beta is None else config.beta
     loss, stats = LOSSES[config.preference_loss](*logp.unbind(1), *pairs.ref_logp.unbind(1), beta)
     weight = config.lambda_pref if config.principles else 1.0
@@ -189,7 +188,7 @@ def evaluate_pairs(model, tokenizer, pairs: Pairs, config, keys: list[str] | Non
     keys: one name for each completion, see uniform_numbers. The log-ratios, chosen, rejected
     and their margin, are in nats, whatever the loss and beta.
     """
-    now = with_reference(model, pairs, config.temperature).ref_logp  # [P, 2]
+    now = with_reference(model, pairs, config.temperature, **config.how_read).ref_logp  # [P, 2]
     ratio = now - pairs.ref_logp  # [P, 2]
     margin = ratio[:, 0] - ratio[:, 1]  # [P]
     values = {
@@ -205,7 +204,7 @@ def evaluate_pairs(model, tokenizer, pairs: Pairs, config, keys: list[str] | Non
         prompts = pairs.prompts[start : start + 8 * PAIRS_PER_FORWARD]
         some = keys[start : start + len(prompts)]
         uniform = uniform_numbers(some, 1, config.max_completion_length, device=model.device)  # [P, 1, T]
-        out = sample(model, prompts, uniform, config.temperature, end, tokenizer.pad_token_id)
+        out = sample(model, prompts, uniform, config.temperature, end, tokenizer.pad_token_id, config.bf16)
         texts += decode(tokenizer, out.tokens[:, 0], out.mask[:, 0], end)
     values["format"] = torch.tensor([format_reward(text) for text in texts])  # [P]
     right = [float(answer_is_right(t, a)) for t, a in zip(texts, pairs.answers) if a is not None]
