@@ -20,7 +20,7 @@ def autocast(device, bf16: bool):
     Weights, gradients and optimiser stay float32. Next to a weight of 0.02 the nearest bfloat16 is
     1e-4 away: updates of the size of the learning rate, 1e-6, would all be rounded away.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(bf16))
 
 
 @contextlib.contextmanager

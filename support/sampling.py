@@ -119,7 +119,7 @@ def _decode(model, cache, mask, inputs, uniform, output, ends, pad_id):
         inputs, nats = _draw(logits(hidden[:, -1], weight, bias), uniform[:, t].index_select(0, active))  # [A] both
         tokens[:, t].index_copy_(0, active, inputs.where(running, pad_id))
         lengths.index_add_(0, active, running.long())
-        entropy.index_add_(0, active, nats * running)
+        entropy.index_add_(0, active, (nats * running).to(entropy.dtype))
         running &= ~torch.isin(inputs, ends)  # [A]
         if device.type == "cuda" and (t + 1) % ENDS_SEEN:
             continue
