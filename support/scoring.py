@@ -83,6 +83,8 @@ def token_states(model, prompts, tokens, mask, rows_at_once: int | None = None, 
 def completion_logp(model, prompts, tokens, mask, temperature, *, bf16=False, recompute_rows=None):
     """Log-probabilities [P, N, T] of tokens [P, N, T] after their prompts, in nats, 0 off the mask."""
     states, places = token_states(model, prompts, tokens, mask, bf16=bf16, recompute_rows=recompute_rows)
+    places, order = places.sort()  # [M] both
+    states = states.index_select(0, order)  # [M, d] as the tokens stand
     logp = token_log_probs(model, states, tokens.flatten()[places], temperature, bf16=bf16)  # [M]
     return logp.new_zeros(tokens.numel()).index_copy(0, places, logp).reshape(tokens.shape)  # [P, N, T]
 
