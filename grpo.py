@@ -77,9 +77,9 @@ def group_advantages(rewards, scale="none"):
     scale="none" is Dr. GRPO. scale="std" is DeepSeekMath: also divided by (std + 1e-4), with the
     unbiased std (ddof 1) and TRL's 1e-4. A group of equal rewards, or of one, gets zeros.
 
-    Raises ValueError for rewards that are not floating point or not finite (or whose squares
-    overflow, with "std"), an empty group, an unknown scale, or scale="std" with G = 1, where there
-    is no std.
+    Raises ValueError for rewards that are not floating point, an empty group, an unknown scale, or
+    scale="std" with G = 1, where there is no std; FloatingPointError for rewards that are not
+    finite (or whose squares overflow, with "std").
     """
     if scale not in ("none", "std"):
         raise ValueError(f'group_advantages: expected scale "none" or "std", got {scale!r}')
@@ -92,7 +92,7 @@ def group_advantages(rewards, scale="none"):
     spread = advantages if scale == "none" else shifted.std(-1, keepdim=True)  # [..., G] or [..., 1]
     if not spread.isfinite().all():
         got = f"{rewards.min().item()} to {rewards.max().item()}"
-        raise ValueError(f'group_advantages: expected finite rewards (with "std" finite squares too), got {got}')
+        raise FloatingPointError(f'group_advantages: expected finite rewards (with "std" finite squares too), got {got}')
     return advantages if scale == "none" else advantages / (spread + 1e-4)  # [..., G]
 
 
@@ -138,8 +138,8 @@ def grpo_loss(
     The last two are inf where a token is impossible under logp or ref_logp.
 
     Half precision is computed in float32. Raises ValueError for other shapes, dtypes or options, N
-    or T of 0, beta > 0 without ref_logp, "constant" without max_tokens, and for a loss that is not
-    finite: NaN at a token that counts, or ref_logp = -inf with beta > 0.
+    or T of 0, beta > 0 without ref_logp, and "constant" without max_tokens; FloatingPointError for
+    a loss that is not finite: NaN at a token that counts, or ref_logp = -inf with beta > 0.
     """
     _check_options(level, normalizer, clip_low, clip_high, max_tokens, ref_logp, beta)
     if logp.dim() != 2 or logp.numel() == 0:
@@ -188,7 +188,7 @@ def grpo_loss(
         loss = per_token.sum() / (len(per_token) * max_tokens)  # []
     if not loss.isfinite():  # NaN must not train on
         expected = "expected finite log-probabilities and advantages where the mask is set"
-        raise ValueError(f"grpo_loss: {expected}, got a loss of {loss.item()}")
+        raise FloatingPointError(f"grpo_loss: {expected}, got a loss of {loss.item()}")
     return loss, stats
 
 

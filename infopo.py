@@ -10,17 +10,10 @@ The equations, in this file's names (N pairs; prompt and chosen ~ p, prompt and 
     infopo_loss = mean(-f_chosen + exp(f_rejected - 1))     NWJ
     dpo_loss    = mean(-log sigmoid(margin))                InfoNCE with one negative
 
-Both bound KL(p || q), how far chosen and rejected can be told apart. Where the rejected are the
-chosen of other prompts, q = p(x) p(y), that is the mutual information I(x; y) of prompt and
-response.
-
-    E[-infopo_loss] <= KL(p || q)             for every critic; equal at f = 1 + log(p / q)
-    log 2 - E[dpo_loss] <= KL(p || q)         for responses drawn independently; never above log 2
-
-The DPO loss is InfoNCE's row loss with the critic f (its 1 cancels), which of two places holds the
-chosen response, and its softmax is the Bradley-Terry assumption; InfoPO has no model of the choice.
-InfoPO's optimum is pi = pi_ref * (p / q)^(1 / beta), if the policy can be that (it must sum to 1).
-With beta = 1 and the rejected drawn from pi_ref it can: pi = p. docs/theory.md has the derivations.
+Both bound KL(p || q), how far chosen and rejected can be told apart: NWJ for every critic, with
+equality at f = 1 + log(p / q), DPO's only up to log 2. Where the rejected are the chosen of other
+prompts, q = p(x) p(y), that is the mutual information of prompt and response. DPO's softmax over
+the two responses is the Bradley-Terry assumption; InfoPO has no model of the choice.
 
 The gradients, for one pair of the N:
 
@@ -28,19 +21,15 @@ The gradients, for one pair of the N:
     InfoPO    -beta                         beta * exp(reward_rejected)
     DPO       -beta * sigmoid(-margin)      beta * sigmoid(-margin)
 
-At the reference InfoPO's are DPO's, doubled; then they part. InfoPO pulls the chosen up whatever
-the rejected does, and pushes the rejected hard where the policy has raised it. DPO sees the
-difference alone: both may fall together at no cost, and both gradients vanish with the margin.
+InfoPO pulls the chosen up whatever the rejected does, and pushes the rejected hard where the policy
+has raised it. DPO sees the difference alone: both may fall together at no cost, and both gradients
+vanish with the margin. docs/theory.md derives all of this, and the optima.
 
 Overflow. Past reward_rejected = 20 exp goes on as its tangent, e^20 * (1 + reward - 20): value and
-gradient are continuous, with no inf at 89, and such a response is still pushed back. At the optimum
-E_q[exp(reward)] = 1, so at most e^-20 = 2e-9 of the rejected lie past the cut. There the gradient
-is beta * e^20 (clip its norm), and -loss is too high to be a bound.
+gradient are continuous, with no inf at 89, and such a response is still pushed back.
 
-Summed or per token (sequence_logp). Summed, a log-probability is the response's own, and the above
-is exact; but log-ratios grow with length, and exp of them has heavy tails. With
-length_normalized=True it is a mean: NWJ is still a bound, but the optimal pi is another, and
-rewards are about |y| times smaller, so beta wants to be larger. Use one kind for all four inputs.
+Log-probabilities are summed over tokens. sequence_logp can also average them; then NWJ is still a
+bound, but the optimal policy is another one, and beta wants to be larger. Use one kind for all four.
 
 Sources: InfoPO, arXiv 2505.08507 (its abstract; the loss is our reading of it); DPO, arXiv
 2305.18290, eq. 7; NWJ: Nguyen, Wainwright, Jordan 2010, arXiv 0809.0853; Poole et al. 2019, arXiv
@@ -87,8 +76,9 @@ def infopo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1
         accuracy                            share with margin > 0; a tie is wrong
         weight_rejected                     beta * exp(min(reward_rejected, 20)), of the gradient
 
-    Raises ValueError for other shapes or dtypes, N = 0, a beta not positive and finite, and for a
-    loss that is not finite: of a chosen response of probability zero, or of NaN.
+    Raises ValueError for other shapes or dtypes, N = 0, and a beta not positive and finite;
+    FloatingPointError for a loss that is not finite: of a chosen response of probability zero, or
+    of NaN.
     """
     tensors = (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     chosen, rejected = _log_ratios("infopo_loss", tensors, beta)  # [N], [N]
@@ -126,8 +116,9 @@ def sequence_logp(logp, mask, length_normalized=False):
     mask               [..., T]  bool or 0/1: the completion tokens. NaN may stand elsewhere
     length_normalized            divide by the number of tokens. An empty mask gives 0 either way
 
-    Half precision is computed in float32. Raises ValueError for other shapes or dtypes, and for NaN
-    or +inf at a token that counts; -inf there, a token of probability zero, gives -inf.
+    Half precision is computed in float32. Raises ValueError for other shapes or dtypes, and
+    FloatingPointError for NaN or +inf at a token that counts; -inf there, a token of probability
+    zero, gives -inf.
     """
     if logp.dim() == 0 or not logp.is_floating_point() or logp.shape != mask.shape:
         got = f"{_describe(logp)} and {_describe(mask)}"
@@ -135,7 +126,7 @@ def sequence_logp(logp, mask, length_normalized=False):
     mask = mask.bool()  # [..., T]
     total = torch.where(mask, _upcast(logp), 0.0).sum(-1)  # [...]  not mask * logp: NaN * 0 is NaN
     if not (total < math.inf).all():  # nor is NaN
-        raise ValueError("sequence_logp: expected log-probabilities without NaN and +inf where the mask is set")
+        raise FloatingPointError("sequence_logp: expected log-probabilities without NaN and +inf where the mask is set")
     return total / mask.sum(-1).clamp(min=1) if length_normalized else total  # [...]
 
 
@@ -157,7 +148,7 @@ def _log_ratios(name, tensors, beta):
 
 def _check_finite(name, loss):
     if not loss.isfinite():  # NaN must not train on
-        raise ValueError(f"{name}: expected finite log-probabilities, got a loss of {loss.item()}")
+        raise FloatingPointError(f"{name}: expected finite log-probabilities, got a loss of {loss.item()}")
 
 
 def _stats(chosen, rejected, beta, weight_rejected):

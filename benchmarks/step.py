@@ -59,20 +59,20 @@ def now() -> float:
 
 def step(model, reference, tokenizer, questions, config, number) -> dict:
     """Seconds of each phase of one step of ours."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    optimizer = torch.optim.AdamW(model.parameters())
     clock = [now()]
     tasks = train.draw(questions, tiny.principles(), config, number)
     batch = train.sample(model, tokenizer, tasks, config.num_generations, config)
-    train.add_rewards(batch, config)
+    rewards = train.reward_completions(batch, config)
     clock.append(now())
-    return finish_step(model, reference, optimizer, batch, config, clock)
+    return finish_step(model, reference, optimizer, batch, rewards, config, clock)
 
 
-def finish_step(model, reference, optimizer, batch, config, clock) -> dict:
+def finish_step(model, reference, optimizer, batch, rewards, config, clock) -> dict:
     """Seconds of each phase; `clock` has when the step began, and when its batch was sampled."""
-    batch.start = train.read_start(model, reference, batch, config) if config.needs_start else None
+    targets = train.make_targets(model, reference, batch, rewards, config)
     clock.append(now())
-    train.update(model, optimizer, Step(tasks=batch.tasks, batch=batch), config)
+    train.update(model, optimizer, batch, targets, Step(), config)  # at a rate of 0: each step is the same work
     clock.append(now())
     seconds = {phase: b - a for phase, a, b in zip(PHASES, clock, clock[1:])}
     return {**seconds, "total": clock[-1] - clock[0], "tokens": int(batch.mask.sum())}

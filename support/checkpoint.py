@@ -246,7 +246,7 @@ def resume_config(kind: type, given: dict):
     return config
 
 
-def resume(run_dir, config, model, optimizer, schedule, state: dict) -> None:
+def resume(run_dir, config, model, optimizer, state: dict) -> None:
     """Restore everything from the checkpoint config.resume, and record which settings have changed.
 
     state: that of `start_state`; its step and evaluations become those of the checkpoint.
@@ -263,9 +263,7 @@ def resume(run_dir, config, model, optimizer, schedule, state: dict) -> None:
     parallel.gather(None)  # all have read
     if parallel.rank() == 0:
         rewind(run_dir, stored)
-    if step := stored["step"]:
-        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step - 1, "_step_count": step + 1})
-        schedule.step()  # sets the learning rate of the next step
+    step = stored["step"]
     changed = {name: now for name, now in state["settings"].items() if stored["settings"].get(name, now) != now}
     record = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     record["settings"] = {**asdict(config), "resume": None}

@@ -4,10 +4,10 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-from support import parallel, tiny
+from support import tiny
 from support.errors import InputError
 from support.files import load_principles, normalised
-from support.preferences import Pairs, encode_pairs, load_preferences, with_reference
+from support.preferences import Pairs, add_reference, encode_pairs, load_preferences
 from support.prompts import check_lengths, prompt_limit
 
 
@@ -41,14 +41,6 @@ class Data:
     held_out_pairs: Pairs | None
     longest_prompts: list  # two lists of token ids, which memory is planned for
 
-    def next_pairs(self, step: int, num: int) -> Pairs | None:
-        """This process's share of a step's `num` pairs, taken in order, round and round."""
-        if not self.pairs:
-            return None
-        first = step * num % len(self.pairs)
-        pairs = self.pairs[first : first + num]
-        return pairs[parallel.share(len(pairs))]
-
 
 def load_data(model, tokenizer, config) -> Data:
     """Read and split the data, and refuse what a later step would stumble over."""
@@ -78,8 +70,8 @@ def load_data(model, tokenizer, config) -> Data:
         else:
             train, held_out = split_questions(load_preferences(config.preferences), config.eval_questions, config.seed)
         data.pairs, data.held_out_pairs = (
-            with_reference(model, encode_pairs(model, tokenizer, pairs), config.temperature, **config.how_read)
-            for pairs in (train[:needed], held_out)
+            add_reference(model, encode_pairs(model, tokenizer, pairs), config.temperature, **config.how_read)
+            for pairs in (train, held_out)
         )
     return data
 

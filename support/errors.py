@@ -1,7 +1,5 @@
 """InputError: a user's mistake, in one line. NotFinite: training has diverged."""
 
-import contextlib
-
 import torch
 
 
@@ -25,12 +23,3 @@ def check_finite(name: str, tensor, terms: dict | None = None) -> None:
     """Raises NotFinite where `tensor` holds a number that is not finite."""
     if not tensor.isfinite().all():
         raise NotFinite(f"{name} is {tensor.item() if tensor.numel() == 1 else 'not finite'}", terms)
-
-
-@contextlib.contextmanager
-def diverging():
-    """Turns the ValueError of a loss without a finite value into NotFinite."""
-    try:
-        yield
-    except ValueError as error:
-        raise NotFinite(str(error)) from None

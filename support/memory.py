@@ -73,7 +73,7 @@ def fit(model, data, config) -> tuple[bool, int, str]:
 
 def choices(config, data, block: int) -> list[tuple[bool, int]]:
     """(activations recomputed?, rows of a micro-batch), the fastest first; `block`: the most rows in a forward."""
-    questions, rows = config.num_questions, config.rows_of_a_question
+    questions, rows = config.num_questions, config.rows_per_question
     whole = min(256, max(questions * rows, 2 * config.num_pairs * bool(data.pairs)))
     halves = [max(1, questions >> n) * rows for n in range(questions.bit_length())]  # of all questions, of half, … of 1
     kept = [(False, size) for size in dict.fromkeys([whole, *(min(whole, size) for size in halves)])]
@@ -100,8 +100,8 @@ def sizes(model, texts, pairs, config) -> dict[str, float]:
             vocabulary = len(model.get_output_embeddings().weight)
             passing = max(texts.prompt_cache, 12 * vocabulary)  # logits, log-probabilities and probabilities
             phases.append({"sampling": prompts * texts.prompt_cache + rows * (texts.cache + passing)})
-        questions = min(questions, max(1, config.micro_batch // config.rows_of_a_question))
-        phases.append(training(model, texts, questions * config.rows_of_a_question, questions, num, config))
+        questions = min(questions, max(1, config.micro_batch // config.rows_per_question))
+        phases.append(training(model, texts, questions * config.rows_per_question, questions, num, config))
     if pairs:
         num_pairs = min(config.num_pairs, max(1, config.micro_batch // 2))
         phases.append(training(model, pairs, 2 * num_pairs, num_pairs, 1, config))

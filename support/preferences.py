@@ -15,15 +15,16 @@ import torch
 
 from grpo import format_reward
 from infopo import dpo_loss, infopo_loss, sequence_logp
-from support.answers import answer_is_right, decode
-from support.errors import InputError, diverging
+from support import parallel
+from support.answers import answer_is_right
+from support.errors import InputError
 from support.files import answer_of, printable, refuse_near_names, rows_of, short, text_of
-from support.prompts import encode_texts, eos_ids, prompt_limit, refuse_control, render_prompts, turn_end
-from support.sampling import sample, uniform_numbers
+from support.prompts import encode_texts, prompt_limit, refuse_control, render_prompts, turn_end
+from support.sampling import write
 from support.scoring import completion_logp
+from support.steps import backward, descend, gather_evaluation, items_of_step, micro_batches
 
 LOSSES = {"infopo": infopo_loss, "dpo": dpo_loss}
-DEFAULT_BETA = 0.1  # the best of experiments/preference.py, for InfoPO and within noise for DPO
 PAIRS_PER_FORWARD = 32  # without gradient
 
 
@@ -146,6 +147,17 @@ class Pairs:
         ref = None if self.ref_logp is None else self.ref_logp[cut]  # [p, 2]
         return Pairs(self.prompts[cut], self.tokens[cut, :, :width], mask[..., :width], self.answers[cut], ref)
 
+    def take(self, chosen: list[int]) -> "Pairs":
+        """The pairs at these places, in this order."""
+        prompts, answers = ([values[n] for n in chosen] for values in (self.prompts, self.answers))
+        ref = None if self.ref_logp is None else self.ref_logp[chosen]  # [p, 2]
+        return Pairs(prompts, self.tokens[chosen], self.mask[chosen], answers, ref)
+
+
+def add_reference(model, pairs: Pairs, temperature, **how) -> Pairs:
+    """The pairs with the log-probabilities that `model`, the policy at the start, gives them."""
+    return replace(pairs, ref_logp=all_logp(model, pairs, temperature, **how))  # [P, 2]
+
 
 def encode_pairs(model, tokenizer, preferences) -> Pairs:
     """`preferences.Preference`s as tokens. Raises InputError for a pair beyond the model's context."""
@@ -158,6 +170,35 @@ def encode_pairs(model, tokenizer, preferences) -> Pairs:
     return Pairs([row[0] for row in rows], tokens, mask, [p.answer for p in preferences])
 
 
+def loop(run) -> None:
+    """Take the step's pairs, compute the loss, step, log: what train.loop is for principles."""
+    model, tokenizer, data, config = run.model, run.tokenizer, run.data, run.config
+    for step in run.steps():
+        if run.evaluation_due():
+            run.record_evaluation(evaluate_pairs(model, tokenizer, data.held_out_pairs, config))
+        places = items_of_step(len(data.pairs), step.number, config.num_pairs, config.seed)
+        update(model, run.optimizer, data.pairs.take(places[parallel.share(len(places))]), step, config)
+        run.end_step(step)
+    run.record_evaluation(evaluate_pairs(model, tokenizer, data.held_out_pairs, config))
+
+
+def update(model, optimizer, pairs: Pairs, step, config) -> None:
+    """One step of the optimiser on pairs that know their reference's log-probabilities."""
+    figures = []
+    for part, share in micro_batches(len(pairs), config.rows_at_once // 2):
+        some = pairs[part]
+        logp = pair_logp(model, some, config.temperature, **config.how_read)  # [p, 2]
+        loss, terms = preference_loss(logp, some.ref_logp, config)
+        figures.append(backward(loss, {"items": len(some), **terms}, share))
+    step.passes.append(descend(model, optimizer, figures, step.learning_rate, config.max_grad_norm))
+
+
+def preference_loss(logp, ref_logp, config):
+    """(loss, terms), means over pairs, of log-probabilities [P, 2], chosen and rejected, and the reference's."""
+    loss, stats = LOSSES[config.preference_loss](*logp.unbind(1), *ref_logp.unbind(1), config.beta)
+    return loss, {"loss_preference": loss, **{f"pair_{name}": value for name, value in stats.items()}}
+
+
 def pair_logp(model, pairs: Pairs, temperature, **how):
     """Summed log-probabilities of chosen and rejected: [P, 2], nats."""
     logp = completion_logp(model, pairs.prompts, pairs.tokens, pairs.mask, temperature, **how)  # [P, 2, T]
@@ -165,49 +206,40 @@ def pair_logp(model, pairs: Pairs, temperature, **how):
 
 
 @torch.no_grad()
-def with_reference(model, pairs: Pairs, temperature, **how) -> Pairs:
-    """The pairs with the log-probabilities that `model`, the policy at the start, gives them."""
+def all_logp(model, pairs: Pairs, temperature, **how):
+    """`pair_logp` of any number of pairs, without gradient: [P, 2]."""
     parts = [pairs[p : p + PAIRS_PER_FORWARD] for p in range(0, len(pairs), PAIRS_PER_FORWARD)]
-    return replace(pairs, ref_logp=torch.cat([pair_logp(model, part, temperature, **how) for part in parts]))  # [P, 2]
-
-
-@diverging()
-def preference_loss(model, pairs: Pairs, config):
-    """(loss, terms), means over pairs. The weight is lambda_pref beside principles, and 1 alone."""
-    logp = pair_logp(model, pairs, config.temperature, **config.how_read)  # [P, 2]
-    beta = DEFAULT_BETA if config.beta is None else config.beta
-    loss, stats = LOSSES[config.preference_loss](*logp.unbind(1), *pairs.ref_logp.unbind(1), beta)
-    weight = config.lambda_pref if config.principles else 1.0
-    return weight * loss, {"loss_preference": loss, **{f"pair_{name}": value for name, value in stats.items()}}
+    return torch.cat([pair_logp(model, part, temperature, **how) for part in parts])  # [P, 2]
 
 
 @torch.no_grad()
-def evaluate_pairs(model, tokenizer, pairs: Pairs, config, keys: list[str] | None) -> tuple[dict, dict]:
-    """(values [P] by name, an example); with `keys` also format and accuracy of completions.
+def evaluate_pairs(model, tokenizer, pairs: Pairs, config) -> dict:
+    """Log-ratios on held-out pairs, in nats, and format and accuracy of a completion of each prompt.
 
-    keys: one name for each completion, see uniform_numbers. The log-ratios, chosen, rejected
-    and their margin, are in nats, whatever the loss and beta.
+    The log-ratios, chosen, rejected and their margin, are the same for each loss and beta.
     """
-    now = with_reference(model, pairs, config.temperature, **config.how_read).ref_logp  # [P, 2]
-    ratio = now - pairs.ref_logp  # [P, 2]
+    part = parallel.share(len(pairs))
+    pairs, names = pairs[part], [f"{config.seed} evaluation {n}" for n in range(len(pairs))[part]]
+    ratio = all_logp(model, pairs, config.temperature, **config.how_read) - pairs.ref_logp  # [P, 2]
     margin = ratio[:, 0] - ratio[:, 1]  # [P]
+    texts = write_responses(model, tokenizer, pairs.prompts, names, config)
+    right = [float(answer_is_right(t, a)) for t, a in zip(texts, pairs.answers) if a is not None]
     values = {
         "pair_logratio_margin": margin,
         "pair_accuracy": (margin > 0).float(),
         "pair_logratio_chosen": ratio[:, 0],
         "pair_logratio_rejected": ratio[:, 1],
+        "format": torch.tensor([format_reward(text) for text in texts]),  # [P]
+        "accuracy": torch.tensor(right),  # [those with an answer]
     }
-    if keys is None:
-        return values, {}
-    texts, end = [], eos_ids(model, tokenizer)
-    for start in range(0, len(pairs), 8 * PAIRS_PER_FORWARD):
-        prompts = pairs.prompts[start : start + 8 * PAIRS_PER_FORWARD]
-        some = keys[start : start + len(prompts)]
-        uniform = uniform_numbers(some, 1, config.max_completion_length, device=model.device)  # [P, 1, T]
-        out = sample(model, prompts, uniform, config.temperature, end, tokenizer.pad_token_id, config.bf16)
-        texts += decode(tokenizer, out.tokens[:, 0], out.mask[:, 0], end)
-    values["format"] = torch.tensor([format_reward(text) for text in texts])  # [P]
-    right = [float(answer_is_right(t, a)) for t, a in zip(texts, pairs.answers) if a is not None]
-    values["accuracy"] = torch.tensor(right)  # [those with an answer]
-    question = tokenizer.decode(pairs.prompts[0], skip_special_tokens=True)
-    return values, {"question": question, "completion": texts[0]}
+    example = {"question": tokenizer.decode(pairs.prompts[0], skip_special_tokens=True), "completion": texts[0]}
+    return gather_evaluation([(values, example)])
+
+
+def write_responses(model, tokenizer, prompts, names, config) -> list[str]:
+    """A completion of each prompt, sampled by its name."""
+    texts, how = [], (1, config.max_completion_length, config.temperature, "", config.bf16)
+    for start in range(0, len(prompts), 8 * PAIRS_PER_FORWARD):
+        some = slice(start, start + 8 * PAIRS_PER_FORWARD)
+        texts += [row[0] for row in write(model, tokenizer, prompts[some], names[some], *how)[1]]
+    return texts

@@ -33,42 +33,52 @@ from support import checkpoint, parallel
 from support.data import Data, example_prompt
 from support.errors import InputError, NotFinite
 from support.files import append_json, save_principles, write_json, written_whole
-from support.model import save_model
-from support.preferences import Pairs
+from support.model import has_bf16, save_model
+from support.prompts import set_date
 from support.report import NO_FORMAT, draw_run, model_card, report, signs_of_trouble, write_plot
-from support.settings import flag
+from support.settings import DEFAULT_BETA, flag
+from support.steps import COUNTS, combine, learning_rates
+
+SMALL_MODEL = 10_000_000  # parameters; below it a model learns at a higher rate, and bfloat16 on a CPU saves nothing
 
 
 @dataclass
 class Step:
-    """What a step has so far. The log is written from it; after a failure it is what is kept."""
+    """What a step has so far; the log is written from it."""
 
     number: int = 0
-    tasks: list = field(default_factory=list)  # train.Tasks
-    batch: object = None  # train.Batch
-    pairs: Pairs | None = None
-    passes: list = field(default_factory=list)  # of each pass over the batch: its terms, by name
-    scores: list = field(default_factory=list)  # of each micro-batch: [q, N, K, K]
-    terms: dict = field(default_factory=dict)  # what else is logged, by name
+    learning_rate: float = 0.0
+    passes: list = field(default_factory=list)  # of each step of the optimiser: its figures, see steps.combine
+    scores: list = field(default_factory=list)  # of each micro-batch: [q, N, K, K], or None
+    figures: dict = field(default_factory=dict)  # what else is logged, by name
+    samples: list = field(default_factory=list)  # rows of samples.jsonl
     clock: float = field(default_factory=time.perf_counter)
 
     def lap(self, name: str) -> None:
         """Log the seconds since the last lap under `name`."""
         now = time.perf_counter()
-        self.terms[name], self.clock = now - self.clock, now
+        self.figures[name], self.clock = now - self.clock, now
+
+    def add_batch(self, batch, rewards, scores=None) -> None:
+        """Log what train.Batch and train.Rewards hold; scores: [Q, G, K, K] of --mi-reward."""
+        figures = batch_figures(batch, rewards, scores)
+        self.figures |= combine(parallel.gather(figures))
+        shown = [scores, *self.scores][scores is None]
+        self.samples = sample_rows(batch, rewards, shown)
 
 
 class Run:
     """A run on disk and on the terminal. Under torchrun only process 0 writes and prints."""
 
-    def __init__(self, directory: Path, config, model, tokenizer, optimizer, schedule, data):
+    def __init__(self, directory: Path, config, model, reference, tokenizer, optimizer, data):
         """Start the directory; with --resume, restore everything from the checkpoint instead."""
         self.directory, self.config, self.writer = directory, config, parallel.rank() == 0
-        self.model, self.tokenizer, self.optimizer, self.data = model, tokenizer, optimizer, data
+        self.model, self.reference, self.tokenizer = model, reference, tokenizer
+        self.optimizer, self.data, self.rates = optimizer, data, learning_rates(config)
         self.state = checkpoint.start_state(config, model, tokenizer)
         self.step, self.signals, self.streaks, self.bar = Step(), [], Counter(), None
         if config.resume:
-            checkpoint.resume(directory, config, model, optimizer, schedule, self.state)
+            checkpoint.resume(directory, config, model, optimizer, self.state)
         elif self.writer:
             write_start(directory, config, data, model.device)
             if data.principles:
@@ -95,7 +105,7 @@ class Run:
         left, hidden = range(first, total), not self.writer
         self.bar = tqdm(left, "training", total, initial=first, dynamic_ncols=True, disable=hidden)
         for number in self.bar:
-            self.step = Step(number)
+            self.step = Step(number, self.rates[number])
             yield self.step
 
     def evaluation_due(self) -> bool:
@@ -139,12 +149,14 @@ class Run:
     def log(self, step: Step) -> None:
         """Write to metrics.jsonl and samples.jsonl; update the progress bar; print warnings."""
         step.lap("seconds_training")
-        terms = {name: sum(one[name] for one in step.passes) / len(step.passes) for name in step.passes[0]}
-        terms |= step.terms
-        if step.batch:
-            terms |= batch_terms(step.batch, terms, self.config)
-            for row in sample_rows(step.batch, step.scores or [step.batch.scores]):
-                append_json(self.directory / "samples.jsonl", {"step": step.number + 1, **row})
+        terms = combine(step.passes) | step.figures
+        if step.samples:
+            for phase in ("sampling", "training"):
+                terms[f"tokens_per_second_{phase}"] = terms["tokens"] / terms[f"seconds_{phase}"]
+        terms = {name: value for name, value in terms.items() if name not in COUNTS}
+        terms["learning_rate"] = step.learning_rate
+        for row in step.samples:
+            append_json(self.directory / "samples.jsonl", {"step": step.number + 1, **row})
         if "mi_row" in terms:
             terms["mi_ceiling"] = math.log(self.config.num_principles)
             terms["si"] = sufficiency(terms["mi_row"], self.config.num_principles)
@@ -164,34 +176,53 @@ class Run:
             print(f"plot {path}")
 
 
-def batch_terms(batch, terms: dict, config) -> dict:
-    """What is logged of the batch of all processes beside its losses."""
-    spread = batch.rewards.amax(-1) - batch.rewards.amin(-1)  # [Q, K]
-    means = {
-        "reward": batch.rewards.mean().item(),
+def batch_figures(batch, rewards, scores=None) -> dict:
+    """What is logged of this process's completions beside their losses; see steps.combine."""
+    spread = rewards.values.amax(-1) - rewards.values.amin(-1)  # [Q, K]
+    lengths = batch.mask.sum(-1)  # [Q, K, G]
+    figures = {
+        "items": len(batch.tasks),
+        "tokens": lengths.sum().item(),
+        "reward": rewards.values.mean().item(),
         "zero_variance_groups": (spread == 0).float().mean().item(),
-        "completion_length": batch.mask.sum(-1).float().mean().item(),
+        "completion_length": lengths.float().mean().item(),
         "truncated": batch.truncated.float().mean().item(),
-        "entropy": batch.entropy.mean().item(),
+        "entropy": ((batch.entropy * lengths).sum() / lengths.sum()).item(),
     }
-    if batch.scores is not None:
-        means["format"] = batch.formats.mean().item()
-        means["mi_row"] = information(batch.scores.flatten(0, 1)).mean().item()
-    share = len(batch) / config.num_questions  # of the batch that this process has
-    tokens = parallel.total({"tokens": batch.mask.sum().item()})["tokens"]
-    speed = {f"tokens_per_second_{phase}": tokens / terms[f"seconds_{phase}"] for phase in ("sampling", "training")}
-    return parallel.total({name: share * value for name, value in means.items()}) | speed
+    if scores is not None:
+        figures["format"] = rewards.formats.mean().item()
+        figures["mi_row"] = information(scores.flatten(0, 1)).mean().item()
+    return figures
 
 
-def sample_rows(batch, scores) -> list[dict]:
+def sample_rows(batch, rewards, scores=None) -> list[dict]:
     """One completion of the first question under each of its principles, for samples.jsonl."""
     task, rows = batch.tasks[0], []
     for i, principle in enumerate(task.principles):
         row = {"question": task.question.text, "principle": principle.text, "completion": batch.texts[0][i][0]}
-        under = [] if scores[0] is None else scores[0][0, 0, i].tolist()  # K
+        under = [] if scores is None else scores[0, 0, i].tolist()  # K
         by_principle = {p.id: round(score, 3) for p, score in zip(task.principles, under)}
-        rows.append({**row, "reward": batch.rewards[0, i, 0].item(), "scores": by_principle or None})
+        rows.append({**row, "reward": rewards.values[0, i, 0].item(), "scores": by_principle or None})
     return rows
+
+
+def settle(config, model, tokenizer) -> None:
+    """Give every setting that was left out its value, but for the two that memory.fit decides.
+
+    A default may hang on other flags, on the machine, or on the size of the model.
+    """
+    small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
+    if config.learning_rate is None:
+        config.learning_rate = (7e-4 if config.principles else 1e-4) if small else 1e-5
+    if config.bf16 is None:  # a small model does not gain by it on a CPU
+        config.bf16 = has_bf16(model.device) and (model.device.type == "cuda" or not small)
+    if config.mi_generations is None:
+        config.mi_generations = config.num_generations
+    if config.beta is None:
+        config.beta = DEFAULT_BETA if config.preferences else 0.0
+    if config.epsilon_high is None:
+        config.epsilon_high = config.epsilon
+    config.date = set_date(tokenizer, parallel.gather(set_date(tokenizer, config.date))[0])  # of process 0
 
 
 def choose_directory(config) -> Path:
@@ -248,15 +279,6 @@ def git_commit() -> str | None:
     with contextlib.suppress(OSError):
         command = ["git", "rev-parse", "HEAD"]
         return subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True).stdout.strip() or None
-
-
-def make_schedule(optimizer, config):
-    """The learning rate by steps. Raises InputError where the library refuses these settings."""
-    steps = {"num_warmup_steps": config.warmup_steps, "num_training_steps": config.max_steps}
-    try:
-        return transformers.get_scheduler(config.lr_scheduler_type, optimizer, **steps)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"--lr-scheduler-type: {config.lr_scheduler_type}: {error}; linear works always") from None
 
 
 @contextlib.contextmanager

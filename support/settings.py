@@ -27,6 +27,7 @@ from support.prompts import Form
 EXAMPLES = Path(__file__).parent.parent / "principles" / "examples.jsonl"
 
 MAX_SEED = 2**32 - 1
+DEFAULT_BETA = 0.1  # of pairs: the best of experiments/preference.py, for InfoPO and within noise for DPO
 
 
 def option(default, help, *, at_least=None, above=None, at_most=None):
@@ -92,17 +93,22 @@ class Parser(transformers.HfArgumentParser):
 class DatasetConfig:
     """The flags that say where questions come from."""
 
-    dataset: str | None = option(None, "questions: .jsonl, .parquet, .csv or a hub id; else the embedded task's")
+    dataset: str | None = option(
+        None, "questions: a .jsonl, .parquet or .csv file or a hub id (default: those of the embedded task)"
+    )
     dataset_config: str | None = option(None, "configuration of a hub data set, such as main of openai/gsm8k")
-    dataset_train_split: str = option("train", "split of a hub data set; the held-out questions are of it too")
-    question_field: str | None = option(None, "where it is not question or source")
-    answer_field: str | None = option(None, "where it is not answer, or target beside source; optional, never rewarded")
+    dataset_train_split: str = option("train", "split of a hub data set; the held-out questions come from it too")
+    question_field: str | None = option(None, "name of the field of questions, if it is neither question nor source")
+    answer_field: str | None = option(
+        None, "name of the field of answers, if it is neither answer nor target; answers are optional and never "
+        "rewarded"
+    )
     examples: str | None = option(
-        None, "earlier turns of the conversation, .jsonl of question, principle, reasoning, answer; none for none; "
-        "else principles/examples.jsonl, and none for the embedded model"
+        None, "worked examples shown before each question: .jsonl of question, principle, reasoning, answer; or none "
+        "(default: those the model was trained with, else principles/examples.jsonl)"
     )
     prefill: bool | None = option(
-        None, "the prompt begins the answer with <reasoning>; else so, but not for the embedded model"
+        None, "let the prompt begin the answer with <reasoning> (default: as the model was trained, else True)"
     )
 
     @property
@@ -134,94 +140,103 @@ class Config(DatasetConfig):
         "max_steps": "optimisation", "lambda_mi": "losses", "output_dir": "the run",
     }
 
-    principles: str | None = option(None, "file of principles: .txt (one a line) or .jsonl")
-    preferences: str | None = option(None, "pairs: .jsonl, .parquet, .csv, a hub id, or tiny (the embedded task's)")
-
-    model: str = option("tiny", "the embedded model, a folder, or a Hugging Face hub id")
-    bf16: bool | None = option(
-        None, "bfloat16 matrix products, float32 weights; else on a GPU, and on a CPU that has them, but for the "
-        "embedded model"
+    principles: str | None = option(None, "file of principles, .txt (one a line) or .jsonl")
+    preferences: str | None = option(
+        None, "train on preference pairs instead: a .jsonl, .parquet or .csv file, a hub id, or tiny (the embedded "
+        "task)"
     )
-    lora_rank: int = option(0, "train LoRA adapters of this rank (alpha twice it); 0: all weights", at_least=0)
+
+    model: str = option("tiny", "tiny (the embedded model), a folder, or a Hugging Face hub id")
+    bf16: bool | None = option(
+        None, "bfloat16 matrix products with float32 weights (default: on a GPU; on a CPU that has them, for models "
+        "above 10M parameters)"
+    )
+    lora_rank: int = option(
+        0, "train LoRA adapters of this rank, with alpha twice the rank; 0 trains all weights", at_least=0
+    )
     gradient_checkpointing: bool | None = option(
-        None, "recompute activations in the backward pass: a third slower, far less memory; else as memory asks for"
+        None, "recompute activations in the backward pass: a third slower, far less memory (default: if memory is short)"
     )
     micro_batch: int | None = option(
-        None, "completions in one forward and backward pass: memory against speed, same result; without "
-        "--gradient-checkpointing all of one question's at least; else as many as fit, up to 256", at_least=1
+        None, "completions in one forward and backward pass; the result is the same. Without --gradient-checkpointing "
+        "one pass takes all of a question at least (default: as many as fit, up to 256)", at_least=1
     )
 
     num_questions: int = option(4, "questions in a step", at_least=1)
     num_principles: int = option(4, "K: principles drawn for each question", at_least=2)
     num_generations: int = option(4, "G: completions of each question under each principle", at_least=1)
-    max_completion_length: int = option(64, "tokens; longer completions are cut and earn nothing", at_least=1)
-    temperature: float = option(1.0, "of sampling, and of every log-probability", above=0)
+    max_completion_length: int = option(64, "in tokens; a longer completion is cut and earns nothing", at_least=1)
+    temperature: float = option(1.0, "temperature of sampling, and of every log-probability", above=0)
     num_pairs: int = option(16, "preference pairs in a step", at_least=1)
 
-    max_steps: int = option(70, "batches sampled (TRL counts optimiser steps)", at_least=1)
-    num_iterations: int = option(1, "optimiser steps on each batch; above 1 the ratio leaves 1", at_least=1)
+    max_steps: int = option(70, "number of batches that are sampled (TRL counts optimiser steps)", at_least=1)
+    num_iterations: int = option(
+        1, "optimiser steps on each batch; the ratio differs from 1 only after the first", at_least=1
+    )
     learning_rate: float | None = option(
-        None, "of AdamW, after the warm-up; else 1e-5, and for the embedded model 7e-4, on pairs alone 1e-4 (a 1B: "
-        "about 1e-6)", above=0
+        None, "AdamW's, after the warm-up (default: 1e-5; below 10M parameters 7e-4, or 1e-4 on pairs; about 1e-6 suits "
+        "a model of 1B parameters)", above=0
     )
     lr_scheduler_type: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"
-    ] = option("linear", "the learning rate after the warm-up")
-    warmup_steps: int = option(5, "steps of linear warm-up", at_least=0)
-    weight_decay: float = option(0.0, "of AdamW, on all weights (TRL spares norms and biases)", at_least=0)
-    max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm", above=0)
+    ] = option("linear", "how the learning rate falls after the warm-up")
+    warmup_steps: int = option(
+        5, "steps until the full learning rate; the first has 1 / (warmup_steps + 1) of it", at_least=0
+    )
+    weight_decay: float = option(0.0, "AdamW's, on all weights (TRL spares norms and biases)", at_least=0)
+    max_grad_norm: float = option(1.0, "a gradient with a larger norm is scaled down to it", above=0)
 
     lambda_mi: float = option(0.012, "weight of the InfoNCE term", at_least=0)
-    mi_temperature: float = option(1.0, "divides the scores in the InfoNCE term (not in the metrics)", above=0)
+    mi_temperature: float = option(1.0, "divides the scores inside the InfoNCE term, not in the metrics", above=0)
     mi_generations: int | None = option(
-        None, "how many of the G completions take part in the InfoNCE term; else all", at_least=1
+        None, "how many of the G completions take part in the InfoNCE term (default: all)", at_least=1
     )
     mi_reward: float = option(
-        0.0, "what a nat of information about its principle earns a completion that keeps the format, beside the 1 for "
-        "the format", at_least=0
+        0.0, "reward of each nat that a completion says about its principle, if it keeps the format; the format "
+        "itself earns 1", at_least=0
     )
     lambda_ot: float = option(0.002, "weight of the Sinkhorn term", at_least=0)
-    ot_eps: float = option(0.1, "eps of the Sinkhorn term, relative to the mean squared distance", above=0)
-    ot_tokens: int = option(128, "completion tokens of a question that its Sinkhorn term compares", at_least=1)
+    ot_eps: float = option(0.1, "eps of the Sinkhorn term, as a share of the mean squared distance", above=0)
+    ot_tokens: int = option(128, "completion tokens of each question that the Sinkhorn term compares", at_least=1)
     epsilon: float = option(0.1, "the ratio is clipped below 1 - epsilon", at_least=0, at_most=1)
-    epsilon_high: float | None = option(None, "the ratio is clipped above 1 + epsilon_high; else epsilon", at_least=0)
+    epsilon_high: float | None = option(
+        None, "the ratio is clipped above 1 + epsilon_high (default: epsilon)", at_least=0
+    )
     importance_sampling_level: Literal["sequence", "token"] = option("sequence", "what one ratio covers")
     loss_type: Literal["grpo", "bnpo", "dr_grpo"] = option(
-        "dr_grpo", "how the policy loss is averaged over tokens: of one question at a time (TRL's bnpo: of a batch)"
+        "dr_grpo", "how the policy loss is averaged over the tokens of a question (TRL's bnpo averages over the batch)"
     )
-    scale_rewards: Literal["none", "group"] = option("none", "group: divide advantages by the group's std")
+    scale_rewards: Literal["none", "group"] = option(
+        "none", "group divides advantages by the standard deviation of their group"
+    )
     beta: float | None = option(
-        None, "with --preferences: reward per nat of log-ratio, else 0.1; without: weight of the KL to the frozen "
-        "start inside the GRPO term, else 0", at_least=0
+        None, "weight of the KL to the frozen reference in the GRPO loss (default: 0); of pairs, the reward per nat of "
+        "log-ratio (default: 0.1)", at_least=0
     )
-    preference_loss: Literal["infopo", "dpo"] = option("infopo", "what --preferences trains with")
-    lambda_pref: float = option(0.03, "weight of the preference loss beside the three terms; alone it is 1", at_least=0)
+    preference_loss: Literal["infopo", "dpo"] = option("infopo", "loss of --preferences")
 
-    output_dir: str | None = option(None, "new or empty; runs/<time> if not given")
-    seed: int = option(0, "of everything random", at_least=0, at_most=MAX_SEED)
-    date: str | None = option(None, "YYYY-MM-DD: what a chat template that writes the date takes for today; else today")
-    eval_steps: int = option(35, "evaluate every so many steps; 0: only before and after", at_least=0)
+    output_dir: str | None = option(None, "a new or empty directory (default: runs/<time>)")
+    seed: int = option(0, "seed of everything random", at_least=0, at_most=MAX_SEED)
+    date: str | None = option(None, "date, YYYY-MM-DD, for a chat template that writes today's (default: today)")
+    eval_steps: int = option(35, "evaluate every so many steps; 0 evaluates only before and after training", at_least=0)
     eval_questions: int = option(128, "held-out questions in an evaluation", at_least=1)
     save_steps: int = option(
-        0, "write a checkpoint every so many steps; 0: only when stopped by Ctrl-C or SIGTERM", at_least=0
+        0, "write a checkpoint every so many steps; 0 writes one only when Ctrl-C or SIGTERM stops the run", at_least=0
     )
     save_total_limit: int | None = option(None, "keep only so many of the newest checkpoints", at_least=1)
     resume: str | None = option(
-        None, "go on with a run: its directory, one of its checkpoints, or latest; other flags change its settings"
+        None, "go on with a run: its directory, one of its checkpoints, or latest; flags beside it change its settings"
     )
 
     def check(self) -> None:
-        """Set defaults that depend on other settings. Raises InputError for an unusable value."""
+        """Raises InputError for an unusable value, or for two settings that do not go together."""
         check_bounds(self)
         if not (self.principles or self.preferences):
             raise InputError("--principles: missing; expected a file of principles, or --preferences with pairs")
         _ = self.form  # refuses --examples that cannot be read
-        if self.learning_rate is None:
-            embedded = 7e-4 if self.principles else 1e-4
-            self.learning_rate = embedded if self.model == "tiny" else 1e-5
-        if self.mi_generations is None:
-            self.mi_generations = self.num_generations
-        if self.mi_generations > self.num_generations:
+        if self.principles and self.preferences:
+            raise InputError("--preferences: not accepted beside --principles; a run trains on one of the two")
+        if self.mi_generations is not None and self.mi_generations > self.num_generations:
             raise InputError(f"--mi-generations: got {self.mi_generations}; expected 1 to --num-generations, "
                              f"{self.num_generations}")
         if self.scale_rewards == "group" and self.num_generations == 1:
@@ -230,17 +245,12 @@ class Config(DatasetConfig):
             raise InputError("--beta: got 0.0; expected a number above 0 with --preferences")
 
     @property
-    def kl_weight(self) -> float:
-        """Weight of the KL in the GRPO term: --beta, unless it belongs to --preferences."""
-        return 0.0 if self.preferences else self.beta or 0.0
+    def needs_reference(self) -> bool:
+        """Whether a loss needs the frozen reference."""
+        return bool(self.lambda_ot or self.beta)
 
     @property
-    def needs_start(self) -> bool:
-        """Whether a loss needs the frozen start."""
-        return bool(self.lambda_ot or self.kl_weight)
-
-    @property
-    def rows_of_a_question(self) -> int:
+    def rows_per_question(self) -> int:
         """Completions read with gradient: all under their own principle, some under the others."""
         others = (self.num_principles - 1) * self.mi_generations if self.lambda_mi else 0
         return self.num_principles * (self.num_generations + others)

@@ -24,9 +24,9 @@ import geometry
 import si
 import train
 from support import model as loading
-from support import tiny
-from support.preferences import encode_pairs, with_reference
-from support.run import Step
+from support import preferences, tiny
+from support.preferences import add_reference, encode_pairs
+from support.run import Step, settle
 from support.settings import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -447,15 +447,18 @@ def test_a_model_that_breaks_down_in_training_is_no_traceback(terms, tiny_model)
     sound, tokenizer = tiny_model
     model, step = copy.deepcopy(sound), Step()
     model.model.norm.weight.data.fill_(NAN)
+    optimizer = torch.optim.SGD(model.parameters())
     if "preferences" in terms:
-        config = Config(**terms)
-        step.pairs = with_reference(sound, encode_pairs(sound, tokenizer, tiny.make_pairs(2, True)), 1.0)
+        config = Config(**terms, beta=0.1)
+        pairs = add_reference(sound, encode_pairs(sound, tokenizer, tiny.make_pairs(2, True)), 1.0)
+        arguments = preferences.update, model, optimizer, pairs, step, config
     else:
         config = Config(principles="p.txt", num_principles=2, max_completion_length=8, **terms)
+        settle(config, sound, tokenizer)
         tasks = train.draw(tiny.make_questions(4, True), tiny.principles(), config, 0)
-        step.batch = train.sample(sound, tokenizer, tasks, 2, config)
-        train.add_rewards(step.batch, config)
-        step.batch.start = train.read_start(sound, sound, step.batch, config)
+        batch = train.sample(sound, tokenizer, tasks, 2, config)
+        targets = train.make_targets(sound, sound, batch, train.reward_completions(batch, config), config)
+        arguments = train.update, model, optimizer, batch, targets, step, config
     config.check()
     with pytest.raises(FloatingPointError):
-        train.update(model, torch.optim.SGD(model.parameters(), lr=0.1), step, config)
+        arguments[0](*arguments[1:])

@@ -11,6 +11,7 @@ from support import memory, tiny
 from support.data import load_data
 from support.errors import InputError
 from support.model import load_model
+from support.run import settle
 from support.scoring import token_states
 
 PRINCIPLES = str(Path(__file__).parent.parent / "principles" / "reasoning.txt")
@@ -24,13 +25,16 @@ CPU = torch.device("cpu")
 def loaded():
     """(model, tokenizer, data)."""
     model, tokenizer = load_model(str(tiny.MODEL_DIR), CPU)
-    return model, tokenizer, load_data(model, tokenizer, train.parse(["--principles", PRINCIPLES, *SMALL]))
+    config = train.parse(["--principles", PRINCIPLES, *SMALL])
+    settle(config, model, tokenizer)
+    return model, tokenizer, load_data(model, tokenizer, config)
 
 
 def estimate(loaded, *flags):
     """(the parts of the estimate, the line, the settings) of a run with these flags."""
-    model, _, data = loaded
+    model, tokenizer, data = loaded
     config = train.parse(["--principles", PRINCIPLES, *SMALL, *flags])
+    settle(config, model, tokenizer)
     config.gradient_checkpointing, config.micro_batch, line = memory.fit(model, data, config)
     texts = memory.Texts(model, data.longest_prompts, config.max_completion_length)
     return memory.sizes(model, texts, None, config), line, config

@@ -30,7 +30,7 @@ from support.errors import InputError
 from support.files import Question, load_questions
 from support.model import add_lora, check_model, load_model, save_model
 from support.prompts import build_messages, encode_prompts, prompt_limit
-from support.run import Step
+from support.run import Step, settle
 from support.sampling import uniform_numbers
 from support.scoring import completion_logp, token_log_probs, token_states
 
@@ -432,21 +432,21 @@ def test_tokens_that_the_model_lacks_and_a_text_can_hold_are_refused(changes, tm
 
 
 def make_batch(model, tokenizer, *flags, start=None):
-    """(config, batch) of two questions, with what `start`, or the model itself, reads as the frozen start."""
+    """(config, batch, targets) of two questions; `start`, or the model itself, is the frozen reference."""
     config = train.parse(["--principles", PRINCIPLES, *SMALL, *flags])
+    settle(config, model, tokenizer)
     tasks = train.draw(tiny.make_questions(50, False), tiny.principles(), config, 0)
     batch = train.sample(model, tokenizer, tasks, config.num_generations, config)
-    train.add_rewards(batch, config)
-    batch.start = train.read_start(model, start or copy.deepcopy(model), batch, config)
-    return config, batch
+    rewards = train.reward_completions(batch, config)
+    return config, batch, train.make_targets(model, start or copy.deepcopy(model), batch, rewards, config)
 
 
-def gradient(model, batch, config):
+def gradient(model, batch, targets, config):
     """(gradient of one optimiser step, by `update`, as one vector; its terms)."""
     model = copy.deepcopy(model)
-    optimizer, step = torch.optim.SGD(model.parameters(), lr=0.0), Step(batch=batch)
+    optimizer, step = torch.optim.SGD(model.parameters()), Step()
     optimizer.zero_grad = lambda: None  # `update` clears it, and here it is the result
-    train.update(model, optimizer, step, config)
+    train.update(model, optimizer, batch, targets, step, config)
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), step.passes[0]
 
 
@@ -458,11 +458,11 @@ def test_checkpointing_and_micro_batches_below_a_question_change_no_gradient(nam
     start = copy.deepcopy(model)
     for parameter in start.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
-    config, batch = make_batch(model, tokenizer, "--lambda-mi", "0.1", "--lambda-ot", "0.1", "--num-generations", "4",
-                               "--max-grad-norm", "1e9", start=start)
-    whole, terms = gradient(model, batch, config)
+    config, batch, targets = make_batch(model, tokenizer, "--lambda-mi", "0.1", "--lambda-ot", "0.1",
+                                        "--num-generations", "4", "--max-grad-norm", "1e9", start=start)
+    whole, terms = gradient(model, batch, targets, config)
     config.gradient_checkpointing, config.micro_batch = True, int(micro_batch)
-    parts, part_terms = gradient(model, batch, config)
+    parts, part_terms = gradient(model, batch, targets, config)
     assert whole.norm() > 0 and difference(parts, whole) < 1e-7
     assert math.isclose(terms["loss"], part_terms["loss"], rel_tol=1e-6)
 
@@ -472,7 +472,7 @@ def test_checkpointing_keeps_the_activations_of_micro_batch_completions_only(tmp
     model, tokenizer = load_model(write_model(tmp_path, "llama-3.2"), torch.device("cpu"))
 
     def saved(generations, recompute):
-        _, batch = make_batch(model, tokenizer, "--num-generations", generations)
+        _, batch, _ = make_batch(model, tokenizer, "--num-generations", generations)
         prompts = [prompt for row in batch.prompts for prompt in row]
         tokens, mask, seen = batch.tokens.flatten(0, 1), batch.mask.flatten(0, 1), {}  # [P, N, T] both
         with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.data_ptr(), t), lambda t: t):
@@ -484,13 +484,13 @@ def test_checkpointing_keeps_the_activations_of_micro_batch_completions_only(tmp
 
 def test_bfloat16_changes_log_probs_little_and_leaves_them_float32(tmp_path):
     model, tokenizer = load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
-    config, batch = make_batch(model, tokenizer, "--num-generations", "4")
+    config, batch, targets = make_batch(model, tokenizer, "--num-generations", "4")
     figures = []
     for bf16 in (False, True):
         config.bf16 = bf16
-        now = train.read(model, batch, config, 4)
+        now = train.read(model, batch, targets.ot_tokens, config, 4)
         assert {t.dtype for t in (now.logp, now.states, now.scores)} == {torch.float32}
-        loss, terms = train.losses(now, batch, config)
+        loss, terms = train.losses(now, batch, targets, config)
         assert {v.dtype for v in [loss, *terms.values()] if torch.is_tensor(v) and v.is_floating_point()} == {torch.float32}
         loss.backward()
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters()), "master weights are float32"
@@ -501,10 +501,11 @@ def test_bfloat16_changes_log_probs_little_and_leaves_them_float32(tmp_path):
 
 def test_bfloat16_with_checkpointing_has_the_gradient_it_has_without(tmp_path):
     model, tokenizer = load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
-    config, batch = make_batch(model, tokenizer, "--num-generations", "4", "--micro-batch", "3", "--bf16", "True")
-    whole, _ = gradient(model, batch, config)
+    flags = "--num-generations 4 --micro-batch 3 --bf16 True".split()
+    config, batch, targets = make_batch(model, tokenizer, *flags)
+    whole, _ = gradient(model, batch, targets, config)
     config.gradient_checkpointing = True
-    parts, _ = gradient(model, batch, config)
+    parts, _ = gradient(model, batch, targets, config)
     assert difference(parts, whole) < 0.02, "rows in other blocks are rounded otherwise, no more"
 
 
@@ -579,19 +580,19 @@ def test_the_reference_of_lora_is_the_policy_at_the_start_and_only_adapters_trai
     model = add_lora(model, 4, seed=0, bf16=bf16)
     assert not any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules()), "dropout is on"
     assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.float32}
-    flags = "--lambda-mi", "0.1", "--lambda-ot", "0.1", "--bf16", str(bf16)
-    config, batch = make_batch(model, tokenizer, *flags)
-    batch.start = train.read_start(model, None, batch, config)
-    now = train.read(model, batch, config)
-    assert torch.equal(now.states, batch.start.states), "with B = 0 adapters must add exactly nothing"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    flags = ["--lambda-mi", "0.1", "--lambda-ot", "0.1", "--bf16", str(bf16)]
+    config, batch, targets = make_batch(model, tokenizer, *flags)
+    _, states = train.read_reference(model, None, batch, targets.ot_tokens, config)
+    now = train.read(model, batch, targets.ot_tokens, config)
+    assert torch.equal(now.states, states), "with B = 0 adapters must add exactly nothing"
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for trained in ("lora_B", "lora_"):  # at first A has no gradient, as B is 0
-        train.update(model, optimizer, Step(batch=batch), config)
+        train.update(model, optimizer, batch, targets, Step(learning_rate=1e-2), config)
         changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         assert changed == {name for name in before if trained in name}
-    again = train.read_start(model, None, batch, config)
-    assert torch.equal(again.states, batch.start.states), "with adapters off it is no longer the starting policy"
+    _, again = train.read_reference(model, None, batch, targets.ot_tokens, config)
+    assert torch.equal(again, states), "with adapters off it is no longer the starting policy"
 
 
 @needs_peft

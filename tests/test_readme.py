@@ -131,21 +131,21 @@ def test_bnpo_normalises_per_question_and_kl_is_logged_with_beta_alone():
     mask = (torch.arange(6) < torch.tensor([6, 1, 1, 1])[:, None]).reshape(2, 1, 2, 6)  # [Q, K, G, T]
     old = torch.tensor([-0.05, 0, -0.02, 0]).reshape(2, 1, 2, 1).expand(2, 1, 2, 6)  # [Q, K, G, T]
     logp = torch.zeros(2, 1, 2, 6)
-    values = dict(tasks=[0, 1], mask=mask, advantages=advantages, old_logp=old)
-    batch = train.Batch(**{f.name: values.get(f.name) for f in fields(train.Batch)})
-    now = batch.start = train.Reading(logp, None, None)
-    config = train.Config(principles=PRINCIPLES, loss_type="bnpo", importance_sampling_level="token")
+    zeros = torch.zeros(2, 0)
+    batch = train.Batch(*[None] * 4, mask, *[None] * 3)
+    targets = train.Targets(advantages, old, zeros, zeros, logp, None)
+    config = train.Config(principles=PRINCIPLES, loss_type="bnpo", importance_sampling_level="token", beta=0.0)
 
     def loss(cut):
         rows = (t[cut].flatten(0, 2) for t in (logp, old))
         options = {"level": "token", "normalizer": "token"}
         return grpo_loss(*rows, advantages[cut].flatten(), mask[cut].flatten(0, 2), **options)[0].item()
 
-    terms = train.policy_terms(now, batch, config)
+    terms = train.policy_terms(logp, batch, targets, config)
     ours = terms["loss_grpo"].item()
     assert ours == pytest.approx((loss(slice(0, 1)) + loss(slice(1, 2))) / 2)
     assert abs(ours - loss(slice(0, 2))) > 0.1, "as TRL: over the batch"
-    assert "kl" not in terms and "kl" in train.policy_terms(now, batch, replace(config, beta=0.1))
+    assert "kl" not in terms and "kl" in train.policy_terms(logp, batch, targets, replace(config, beta=0.1))
 
 
 def test_max_steps_counts_batches_and_weight_decay_spares_no_weight(tmp_path):
@@ -154,7 +154,7 @@ def test_max_steps_counts_batches_and_weight_decay_spares_no_weight(tmp_path):
             "--lr-scheduler-type constant --warmup-steps 0 --max-completion-length 1 --eval-questions 1 "\
             f"--num-questions 1 --num-principles 2 --num-generations 2 --dataset {QUESTIONS}"
     assert train.main(["--principles", PRINCIPLES, *flags.split(), "--output-dir", str(tmp_path / "run")]) == 0
-    start, end = (train.policy.load_model(str(folder), torch.device("cpu"))[0].state_dict()
+    start, end = (train.load_model(str(folder), torch.device("cpu"))[0].state_dict()
                   for folder in (tiny.MODEL_DIR, tmp_path / "run" / "final"))
     for name, weight in start.items():
         torch.testing.assert_close(end[name], weight * 0.995**6, msg=f"{name} after 2 batches x 3 passes")

@@ -16,7 +16,7 @@ from support.data import Data
 from support.errors import InputError
 from support.files import load_principles
 from support.prompts import Form
-from support.run import Run, choose_directory, make_schedule, write_start
+from support.run import Run, choose_directory, write_start
 
 ROOT = Path(__file__).resolve().parent.parent
 PRINCIPLES = str(ROOT / "principles" / "reasoning.txt")
@@ -84,16 +84,6 @@ def test_what_is_not_the_result_never_costs_it(lost, tmp_path, monkeypatch, caps
 
 
 # ------------------------------------------------------------------------------------------------ the schedule
-
-
-@pytest.mark.parametrize("name", settings.Config.__dataclass_fields__["lr_scheduler_type"].type.__args__)
-def test_every_schedule_that_is_offered_can_be_made_and_stepped(name):
-    config = train.parse(["--principles", PRINCIPLES, "--lr-scheduler-type", name])
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], config.learning_rate)
-    schedule = make_schedule(optimizer, config)
-    optimizer.step()
-    schedule.step()
-    assert schedule.get_last_lr()[0] > 0
 
 
 def test_a_schedule_that_cannot_be_made_is_refused_before_anything_is_written(tmp_path, capsys):

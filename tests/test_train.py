@@ -14,7 +14,7 @@ import train
 from support import tiny
 from support.model import load_model
 from support.prompts import build_messages
-from support.run import Step
+from support.run import Step, settle
 
 ROOT = Path(__file__).resolve().parent.parent
 PRINCIPLES = str(ROOT / "principles" / "reasoning.txt")
@@ -26,7 +26,9 @@ SMALL = (
 
 
 def make_config(*flags):
-    return train.parse(["--principles", PRINCIPLES, *SMALL, *flags])
+    config = train.parse(["--principles", PRINCIPLES, *SMALL, *flags])
+    settle(config, *load_model(str(tiny.MODEL_DIR), torch.device("cpu")))
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +37,25 @@ def tiny_model():
 
 
 def make_batch(tiny_model, config, questions=3):
+    """(batch, rewards, targets), the reference being a copy of the model."""
     model, tokenizer = tiny_model
     tasks = train.draw(tiny.make_questions(50, False), tiny.principles(), config, 0)[:questions]
     batch = train.sample(model, tokenizer, tasks, config.num_generations, config)
-    train.add_rewards(batch, config)
-    batch.start = train.read_start(model, copy.deepcopy(model), batch, config)
-    return batch
+    rewards = train.reward_completions(batch, config)
+    return batch, rewards, train.make_targets(model, copy.deepcopy(model), batch, rewards, config)
 
 
-def losses_of(model, batch, config):
+def losses_of(model, batch, targets, config):
     """(loss, terms, scores) of a batch as the loop reads it."""
-    now = train.read(model, batch, config, config.mi_generations if config.lambda_mi else 0)
-    return *train.losses(now, batch, config), now.scores
+    outputs = train.read(model, batch, targets.ot_tokens, config, config.mi_generations if config.lambda_mi else 0)
+    return *train.losses(outputs, batch, targets, config), outputs.scores
 
 
-def update(model, optimizer, batch, config):
-    """The means of the terms over the passes of an update."""
-    step = Step(batch=batch)
-    train.update(model, optimizer, step, config)
-    return {name: sum(terms[name] for terms in step.passes) / len(step.passes) for name in step.passes[0]}
+def update(model, optimizer, batch, targets, config, rate=0.0):
+    """The figures of the passes of an update."""
+    step = Step(learning_rate=rate)
+    train.update(model, optimizer, batch, targets, step, config)
+    return step.passes
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -95,9 +97,9 @@ def test_scores_equal_brute_force(tiny_model, generations):
     """Every completion of a question under each of its principles: the plain forward, one row at a time."""
     model, tokenizer = tiny_model
     config = make_config("--num-principles", "3", "--temperature", "0.8", "--ot-tokens", "9")
-    batch = make_batch(tiny_model, config, questions=2)
+    batch, _, targets = make_batch(tiny_model, config, questions=2)
     with torch.no_grad():
-        now, own = train.read(model, batch, config, generations), train.read(model, batch, config)
+        now, own = (train.read(model, batch, targets.ot_tokens, config, n) for n in (generations, 0))
         assert now.scores.shape == (2, generations, 3, 3) and own.scores is None
         for q in range(2):
             for g in range(2):
@@ -118,7 +120,7 @@ def test_scores_equal_brute_force(tiny_model, generations):
                         if i == j:
                             torch.testing.assert_close(now.logp[q, i, g, : len(ids)], steps, rtol=1e-4, atol=1e-4)
                             assert not now.logp[q, i, g, len(ids) :].any()
-                            for n, place in enumerate(batch.cloud[q].tolist()):
+                            for n, place in enumerate(targets.ot_tokens[q].tolist()):
                                 k, within = divmod(place, 2 * batch.tokens.shape[-1])
                                 if (k, within // batch.tokens.shape[-1]) == (i, g):
                                     state = out.hidden_states[-1][0, len(prompt) - 1 + within % batch.tokens.shape[-1]]
@@ -128,36 +130,36 @@ def test_scores_equal_brute_force(tiny_model, generations):
 
 
 def test_rewards_and_advantages_belong_to_question_and_principle(tiny_model):
-    batch = make_batch(tiny_model, make_config("--num-generations", "6"))
+    batch, earned, _ = make_batch(tiny_model, make_config("--num-generations", "6"))
     for q in range(2):
         for k in range(2):
             rewards = [grpo.format_reward(text) for text in batch.texts[q][k]]
-            assert batch.rewards[q, k].tolist() == rewards
-            torch.testing.assert_close(batch.advantages[q, k], torch.tensor(rewards) - sum(rewards) / 6)
+            assert earned.values[q, k].tolist() == rewards
+            torch.testing.assert_close(earned.advantages[q, k], torch.tensor(rewards) - sum(rewards) / 6)
 
 
 def test_the_sinkhorn_cloud_is_of_completion_tokens_only(tiny_model):
-    batch = make_batch(tiny_model, make_config("--ot-tokens", "100000"))
+    batch, _, targets = make_batch(tiny_model, make_config("--ot-tokens", "100000"))
     valid = batch.mask.flatten(1)  # [Q, K·G·T]
-    weighted = batch.weights > 0  # [Q, n]
-    assert valid.gather(1, batch.cloud)[weighted].all(), "padding takes part in the transport"
+    weighted = targets.ot_weights > 0  # [Q, n]
+    assert valid.gather(1, targets.ot_tokens)[weighted].all(), "padding takes part in the transport"
     assert (weighted.sum(1) == valid.sum(1)).all(), "with room for all tokens, all must take part"
-    torch.testing.assert_close(batch.weights.sum(1), torch.ones(2))
-    few = make_batch(tiny_model, make_config("--ot-tokens", "5"))
-    assert few.cloud.shape == (2, 5) and (few.weights == 0.2).all()
-    assert all(len(set(row.tolist())) == 5 for row in few.cloud)
+    torch.testing.assert_close(targets.ot_weights.sum(1), torch.ones(2))
+    few = make_batch(tiny_model, make_config("--ot-tokens", "5"))[2]
+    assert few.ot_tokens.shape == (2, 5) and (few.ot_weights == 0.2).all()
+    assert all(len(set(row.tolist())) == 5 for row in few.ot_tokens)
 
 
 # ------------------------------------------------------------------------------------------------ the losses
 
 
-def gradient_of(model, config, batch, questions_at_once):
-    """The gradient that `update` steps along, and its terms."""
+def gradient_of(model, config, batch, targets, questions_at_once):
+    """The gradient that `update` steps along, and its figures."""
     model, config = copy.deepcopy(model), copy.copy(config)
-    config.micro_batch, config.max_grad_norm = questions_at_once * config.rows_of_a_question, 1e9
+    config.micro_batch, config.max_grad_norm = questions_at_once * config.rows_per_question, 1e9
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.zero_grad = lambda: None  # `update` clears it, and here it is the result
-    stats = update(model, optimizer, batch, config)
+    (stats,) = update(model, optimizer, batch, targets, config)
     return torch.cat([p.grad.flatten() for p in model.parameters()]), stats
 
 
@@ -173,56 +175,57 @@ def moved(model, scale=0.02):
 def test_accumulation_over_questions_changes_nothing(tiny_model, loss_type):
     config = make_config("--num-questions", "3", "--loss-type", loss_type, "--lambda-mi", "0.1", "--beta", "0.1",
                          "--lambda-ot", "0.1", "--num-generations", "4")
-    batch = make_batch(tiny_model, config)
+    batch, rewards, _ = make_batch(tiny_model, config)
     model = moved(tiny_model[0])
-    batch.start = train.read_start(model, copy.deepcopy(tiny_model[0]).double(), batch, config)
-    whole, stats = gradient_of(model, config, batch, 3)
+    targets = train.make_targets(model, copy.deepcopy(tiny_model[0]).double(), batch, rewards, config)
+    whole, stats = gradient_of(model, config, batch, targets, 3)
     assert whole.norm() > 0
     for size in (1, 2):
-        parts, part_stats = gradient_of(model, config, batch, size)
+        parts, part_stats = gradient_of(model, config, batch, targets, size)
         # not 1e-15: the norms of a float64 Llama go through float32
         assert (whole - parts).norm() / whole.norm() < 1e-7, "a term is not a mean over questions"
-        for name in ("loss", "loss_grpo", "loss_mi", "loss_ot", "mi_row", "ratio_mean"):
+        assert part_stats["sinkhorn_error"] == pytest.approx(stats["sinkhorn_error"], rel=1e-3), "the largest of all"
+        assert part_stats["sinkhorn_iterations"] == stats["sinkhorn_iterations"]
+        for name in ("loss", "loss_grpo", "loss_mi", "loss_ot", "mi_row", "ratio_mean", "ratio_max", "kl"):
             assert math.isclose(stats[name], part_stats[name], rel_tol=1e-4, abs_tol=1e-5), name
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms_and_zero_weights_leave_grpo(tiny_model):
     config = make_config("--lambda-mi", "0.3", "--lambda-ot", "0.7")
-    batch = make_batch(tiny_model, config)
-    loss, stats, _ = losses_of(tiny_model[0], batch, config)
+    batch, _, targets = make_batch(tiny_model, config)
+    loss, stats, _ = losses_of(tiny_model[0], batch, targets, config)
     expected = stats["loss_grpo"] + 0.3 * stats["loss_mi"] + 0.7 * stats["loss_ot"]
     torch.testing.assert_close(loss, expected)
     config = make_config("--lambda-mi", "0", "--lambda-ot", "0")
-    loss, stats, scores = losses_of(tiny_model[0], make_batch(tiny_model, config), config)
+    batch, _, targets = make_batch(tiny_model, config)
+    loss, stats, scores = losses_of(tiny_model[0], batch, targets, config)
     assert scores is None and set(stats) >= {"loss_grpo", "ratio_mean"} and "loss_mi" not in stats
     torch.testing.assert_close(loss, stats["loss_grpo"])
 
 
 def test_on_policy_the_ratio_is_one_and_the_gradient_is_not_zero_then_it_leaves_one(tiny_model):
     flags = ["--lambda-mi", "0", "--lambda-ot", "0", "--num-generations", "8", "--temperature", "1.3"]
-    batch = make_batch(tiny_model, make_config(*flags))
-    assert batch.advantages.abs().max() > 0
-    step, stats = gradient_of(tiny_model[0], make_config(*flags), batch, 2)
-    assert stats["ratio_mean"] == 1 and step.norm() > 0
+    batch, rewards, targets = make_batch(tiny_model, make_config(*flags))
+    assert targets.advantages.abs().max() > 0
+    step, stats = gradient_of(tiny_model[0], make_config(*flags), batch, targets, 2)
+    assert stats["ratio_mean"] == stats["ratio_max"] == 1 and step.norm() > 0
     config = make_config(*flags, "--num-iterations", "3")
     model = copy.deepcopy(tiny_model[0])
-    step = Step(batch=batch[0:2])
-    train.update(model, torch.optim.AdamW(model.parameters(), lr=3e-3), step, config)
-    ratios = [terms["ratio_mean"] for terms in step.passes]
+    targets = train.make_targets(model, None, batch, rewards, config)
+    passes = update(model, torch.optim.AdamW(model.parameters()), batch, targets, config, rate=3e-3)
+    ratios = [figures["ratio_mean"] for figures in passes]
     assert math.isclose(ratios[0], 1, abs_tol=1e-5), f"the first pass is on-policy: {ratios}"
     assert abs(ratios[1] - 1) > 1e-4 and abs(ratios[2] - 1) > 1e-4, f"old_logp follows the policy: {ratios}"
-    assert step.passes[-1]["clip_fraction"] > 0
+    assert passes[-1]["clip_fraction"] > 0
 
 
 def test_the_second_pass_does_not_depend_on_the_micro_batches(tiny_model):
     flags = ["--num-questions", "3", "--num-iterations", "2", "--num-generations", "4", "--temperature", "1.3"]
     config, passes = make_config(*flags), {}
-    batch = make_batch(tiny_model, config)
+    batch, _, targets = make_batch(tiny_model, config)
     for size in (1, 3):
-        model, config.micro_batch = copy.deepcopy(tiny_model[0]), size * config.rows_of_a_question
-        step = Step(batch=copy.copy(batch))
-        train.update(model, torch.optim.SGD(model.parameters(), lr=0.5), step, config)
-        passes[size] = step.passes[1]
+        model, config.micro_batch = copy.deepcopy(tiny_model[0]), size * config.rows_per_question
+        passes[size] = update(model, torch.optim.SGD(model.parameters()), batch, targets, config, rate=0.5)[1]
     assert abs(passes[1]["ratio_mean"] - 1) > 1e-4
     for name in ("loss", "ratio_mean", "grad_norm", "loss_mi", "loss_ot"):
         assert math.isclose(passes[1][name], passes[3][name], rel_tol=1e-3, abs_tol=1e-5), name
@@ -230,13 +233,13 @@ def test_the_second_pass_does_not_depend_on_the_micro_batches(tiny_model):
 
 def test_sinkhorn_term_is_zero_at_the_start_and_pulls_back(tiny_model):
     config = make_config("--lambda-ot", "1", "--lambda-mi", "0")
-    batch = make_batch(tiny_model, config)
-    _, stats, _ = losses_of(tiny_model[0], batch, config)
+    batch, _, targets = make_batch(tiny_model, config)
+    _, stats, _ = losses_of(tiny_model[0], batch, targets, config)
     assert abs(stats["loss_ot"]) < 1e-3
     model = moved(tiny_model[0]).float()
-    batch.advantages.zero_()  # the Sinkhorn term alone
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    drift = [update(model, optimizer, batch, config)["loss_ot"] for _ in range(8)]
+    targets.advantages.zero_()  # the Sinkhorn term alone
+    optimizer = torch.optim.SGD(model.parameters())
+    drift = [update(model, optimizer, batch, targets, config, rate=1e-2)[0]["loss_ot"] for _ in range(8)]
     assert drift[0] > 0.1 and drift[-1] < 0.9 * drift[0], f"descent on it does not bring the states back: {drift}"
 
 
@@ -393,21 +396,22 @@ def test_own_questions_without_answers_train_too(tmp_path):
 
 
 def test_a_completion_that_was_cut_earns_nothing(tiny_model):
-    batch = make_batch(tiny_model, make_config("--max-completion-length", "12", "--num-generations", "8"))
-    assert batch.truncated.any() and not batch.rewards[batch.truncated].any()
+    batch, rewards, _ = make_batch(tiny_model, make_config("--max-completion-length", "12", "--num-generations", "8"))
+    assert batch.truncated.any() and not rewards.values[batch.truncated].any()
 
 
 def test_information_as_a_reward_is_earned_by_well_formed_completions_alone(tiny_model):
     config = make_config("--mi-reward", "0.5", "--num-generations", "6", "--max-completion-length", "48")
-    batch = make_batch(tiny_model, config)
-    assert batch.scores is None and torch.equal(batch.rewards, batch.formats), "an evaluation scores elsewhere"
-    train.add_rewards(batch, config, tiny_model[0])
-    formats, rewards = batch.formats, batch.rewards
+    batch, without, _ = make_batch(tiny_model, config)
+    assert torch.equal(without.values, without.formats), "without scores the format is the only reward"
+    scores = train.read_scores(tiny_model[0], batch, config)  # [Q, G, K, K]
+    earned = train.reward_completions(batch, config, scores)
+    formats, rewards = earned.formats, earned.values
     assert formats.any() and not rewards[formats == 0].any()
     for q, k, g in (formats == 1).nonzero().tolist():
-        nats = math.log(2) + batch.scores[q, g, k].log_softmax(-1)[k].item()
+        nats = math.log(2) + scores[q, g, k].log_softmax(-1)[k].item()
         assert math.isclose(rewards[q, k, g], 1 + 0.5 * max(nats, -math.log(2)), rel_tol=1e-4)
-    torch.testing.assert_close(batch.advantages, rewards - rewards.mean(-1, keepdim=True))
+    torch.testing.assert_close(earned.advantages, rewards - rewards.mean(-1, keepdim=True))
 
 
 def test_information_as_a_reward_trains_without_the_loss(tmp_path):

@@ -1,0 +1,131 @@
+"""A step of the optimiser: its micro-batches, its learning rate, and what is logged of it.
+
+    gradient of a step = sum over micro-batches and processes of share · gradient of the part's mean loss
+
+so that neither micro-batches nor processes change a step. What is logged comes in parts as well: of questions,
+micro-batches, passes and processes. `combine` makes one figure of them, by the kind of the figure:
+
+    a count         the sum                                          items, tokens, ratios
+    an extreme      the largest or the smallest                      ratio_max, sinkhorn_error, …
+    a mean          weighed by what it is a mean over: tokens, ratios, else items (questions, or pairs)
+"""
+
+import functools
+import random
+
+import torch
+import transformers
+
+from metrics import interval, sufficiency_interval
+from support import parallel
+from support.errors import InputError, check_finite
+
+COUNTS = ("items", "tokens", "ratios")
+LARGEST = ("ratio_max", "sinkhorn_error", "sinkhorn_iterations")
+SMALLEST = ("sinkhorn_converged",)
+MEAN_OVER = {  # else of items
+    "approx_kl": "tokens", "kl": "tokens", "entropy": "tokens", "ratio_mean": "ratios", "clip_fraction": "ratios",
+}
+
+
+def items_of_step(total: int, step: int, num: int, seed: int) -> list[int]:
+    """Which `num` of `total` questions or pairs a step takes: a function of seed and step alone.
+
+    The steps go through all of them, in a new order each epoch; one that reaches the end of an epoch
+    goes on in the next, so that all steps are of one size and no item is taken twice as often as another.
+    """
+    places = (divmod(place, total) for place in range(step * num, (step + 1) * num))
+    return [epoch_order(total, seed, epoch)[place] for epoch, place in places]
+
+
+@functools.lru_cache(maxsize=2)  # a step may need two
+def epoch_order(total: int, seed: int, epoch: int) -> list[int]:
+    """A random order of range(total)."""
+    order = list(range(total))
+    random.Random(f"{seed} epoch {epoch}").shuffle(order)
+    return order
+
+
+def combine(parts: list[dict]) -> dict:
+    """The figures of a whole, by name, from those of its parts; each part has its counts, `items` at least."""
+    whole = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        having = [part for part in parts if name in part]
+        values = [float(part[name]) for part in having]
+        if name in COUNTS:
+            whole[name] = sum(values)
+        elif name in LARGEST or name in SMALLEST:
+            whole[name] = max(values) if name in LARGEST else min(values)
+        else:
+            weights = [part[MEAN_OVER.get(name, "items")] for part in having]
+            whole[name] = sum(weight * value for weight, value in zip(weights, values)) / max(sum(weights), 1)
+    return whole
+
+
+def micro_batches(count: int, size: int) -> list[tuple[slice, float]]:
+    """(part, share) of each micro-batch of `size`, 1 at least; the shares of all processes sum to 1."""
+    size, total = max(1, size), sum(parallel.gather(count))
+    return [(slice(i, i + size), min(size, count - i) / total) for i in range(0, count, size)]
+
+
+def backward(loss, terms: dict, share: float) -> dict:
+    """Add the share of a micro-batch's mean loss to the gradient; returns its figures.
+
+    Raises NotFinite that names the term, or the loss, that is no finite number.
+    """
+    terms = {"loss": loss, **terms}
+    terms = {name: value.detach() if torch.is_tensor(value) else value for name, value in terms.items()}
+    for name in [name for name in terms if name.startswith("loss_")]:  # a term says more than their sum
+        check_finite(name, terms[name])
+    check_finite("the loss", loss)
+    (share * loss).backward()
+    return terms
+
+
+def descend(model, optimizer, parts: list[dict], learning_rate: float, max_grad_norm: float) -> dict:
+    """One step of the optimiser on the gradients that `backward` has left; returns its figures."""
+    parallel.sum_gradients(model.parameters())
+    figures = combine([part for parts in parallel.gather(parts) for part in parts])
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)  # []
+    check_finite("the gradient norm", norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return {**figures, "grad_norm": norm.item()}
+
+
+def learning_rates(config) -> list[float]:
+    """The learning rate of every step. Raises InputError where the library refuses the settings.
+
+    The shape is the library's. Its warm-up starts at 0, where a step teaches nothing: ours rises
+    from 1 / (warmup_steps + 1), and reaches the full rate at the same step.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1)], config.learning_rate)  # [1] carries the rate, no more
+    name, warmup, total = config.lr_scheduler_type, config.warmup_steps, config.max_steps
+    try:
+        schedule = transformers.get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+        factor = schedule.lr_lambdas[0]
+        factors = [factor(step) for step in range(total)]
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise InputError(f"--lr-scheduler-type: {name}: {error}; linear always works") from None
+    if name != "constant":  # which knows no warm-up
+        first = range(min(warmup, total))
+        factors[: len(first)] = [(step + 1) / (warmup + 1) for step in first]
+    return [config.learning_rate * factor for factor in factors]
+
+
+def gather_evaluation(parts: list, num_principles: int | None = None) -> dict:
+    """The means over questions, with their intervals, from (values [q] by name, an example) of all processes.
+
+    With `num_principles` SI is among them: it is clamped here, after all averaging.
+    """
+    # On the CPU: of a tensor on a GPU every process would open a context there.
+    parts = [({name: value.cpu() for name, value in values.items()}, example) for values, example in parts]
+    everywhere = [part for parts in parallel.gather(parts) for part in parts]
+    columns = {name: torch.cat([values[name] for values, _ in everywhere]) for name in everywhere[0][0]}  # [N] each
+    result = {name: interval(column) for name, column in columns.items() if len(column)}
+    if num_principles:
+        result["si"] = sufficiency_interval(columns["mi_row"], num_principles)
+    first = next(iter(columns.values()))
+    return {"questions": len(first), **result, "example": everywhere[0][1]}
