@@ -236,12 +236,12 @@ PARTS = {  # what has not run on a GPU yet comes late: after an error there noth
 } | {name: lambda bench, settings=settings: bench.measure_trl(settings) for name, settings in TRL_SETTINGS.items()}
 
 
-def machine_limits(device) -> dict:
+def machine_limits(device, small: bool) -> dict:
     """FLOP/s of a product and bytes/s of a copy: the best of ten, since these are ceilings."""
-    cuda = device.type == "cuda"
-    matrix = torch.randn(8192 if cuda else 512, 8192 if cuda else 512, device=device)  # [n, n]
-    matrix = matrix.bfloat16() if cuda else matrix
-    block = torch.zeros(2**30 if cuda else 2**24, device=device)  # 4 GB in float32
+    side = 512 if small else 8192
+    matrix = torch.randn(side, side, device=device)  # [n, n]
+    matrix = matrix.bfloat16() if device.type == "cuda" else matrix
+    block = torch.zeros(2**24 if small else 2**30, device=device)  # 4 GB in float32, or 64 MB
     other = torch.empty_like(block)
 
     def seconds(function):
@@ -300,7 +300,8 @@ def main() -> None:
         parser.error("no GPU is to be seen; --device cpu --shape small shows that the script runs")
     end, device = time.perf_counter() + 60 * args.minutes, torch.device(args.device)
     transformers.utils.logging.set_verbosity_error()
-    limits = machine_limits(device)
+    shapes = args.shape or ["gemma-3-1b", "llama-3.2-1b"]
+    limits = machine_limits(device, shapes == ["small"])
     name = f"{torch.cuda.get_device_name()}, " if device.type == "cuda" else ""
     name += cpu_name()  # which launches every kernel: decoding waits for it
     results = {"machine": name, "torch": torch.__version__, "transformers": transformers.__version__, **limits,
@@ -308,7 +309,6 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}: matmul "
           f"{limits['matmul'] / 1e12:.2f} TFLOP/s, copy {limits['bandwidth'] / 1e9:.0f} GB/s")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    shapes = args.shape or ["gemma-3-1b", "llama-3.2-1b"]
     benches = {s: Bench(s, device, [*WORK[s == "small"].split(), *extra], args.rounds, limits) for s in shapes}
     for part, measure in PARTS.items():
         for shape, bench in benches.items():
