@@ -1,22 +1,21 @@
 """Estimators: what a chain of thought (CoT) says of its principle; geometry of hidden states.
 
 `scores[n, i, j]` is the log-probability, summed over tokens, that principle j gives to the CoT
-written under principle i in answer to question n. Every CoT was scored under C of the K principles,
-its own among them: C = K, or `num_candidates`, and then its scores under the others are -inf.
+written under principle i in answer to question n; K principles, n = 1..N.
 
-    row[n, i]         = log C - row_info_nce(scores)[n, i]         information(scores, "row")
-    posterior[n, i]   = log C - sum_j h(softmax(scores[n, j])[i])  information(scores, "posterior")
-                        h(p) = -p log p; the same mean, less noise
-    MI                = mean_n,i information[n, i]                 estimates I(C; CoT | x), nats
-    sufficiency(m)    = max(0, m) / log C                          m: mean information, nats
-    SI of principle i = sufficiency(mean_n information[n, i])      in [0, 1]
-    SI of a set       = sufficiency(mean_n,i information[n, i])
+    row[n, i]         = log K - row_info_nce(scores)[n, i]         information(scores, "row")
+    column[n, j]      = log K - column_info_nce(scores)[n, j]      information(scores, "column")
+    posterior[n, i]   = log K - sum_j h(softmax(scores[n, j])[i])  information(scores, "posterior")
+                        h(p) = -p log p; the same mean as the row, less noise
+    MI                = mean_n,i row[n, i]                         mutual_information(scores), nats
+    SI of principle i = max(0, mean_n row[n, i]) / log K           sufficiency_index(scores), in [0, 1]
+    SI of a set       = max(0, MI) / log K                         share_of_ceiling(MI, K)
     interval          = percentiles of the mean over questions drawn with replacement (bootstrap)
 
 Matched scores: the completions were sampled from the model that scores them, at the same
-temperature, with no top-k or top-p, and principles are equally likely. Then the MI estimate is
-unbiased for I(C; CoT | x) given the K principles of a question (infonce.py). It cannot exceed
-log C: near that ceiling only more principles can tell more.
+temperature, with no top-k or top-p, and principles are equally likely. Then MI is unbiased for
+I(C; CoT | x) given the K principles of a question (infonce.py). It cannot exceed log K: near that
+ceiling only more principles can tell more.
 
 SI is clamped once, after all averaging. Information has noise on both sides of 0: if values, or
 the means of principles, were clamped before they enter the mean of a set, only the noise above 0
@@ -24,7 +23,7 @@ would stay, and principles that say next to nothing would get twice their SI.
 
 Training and evaluation use "row", which the loss is made of; `python si.py` reports SI and MI by
 "posterior", and MI by "row" beside them. In order: information and SI, intervals, selection,
-whether an answer is right, geometry. To copy: it needs torch and infonce.py.
+geometry. To copy: it needs torch and infonce.py.
 """
 
 import itertools
@@ -34,102 +33,86 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from infonce import column_info_nce, row_info_nce
+from infonce import column_info_nce, mi_lower_bound, row_info_nce
 
 
-def information(scores, estimator: str = "row", num_candidates: int | None = None):
+def information(scores, estimator: str = "row"):
     """What each CoT says of its principle: scores [N, K, K] -> [N, K], nats. Values below 0 occur.
 
-    "row": log C - row InfoNCE of that CoT alone. With any critic its mean is a lower bound of MI.
+    "row": log K - row InfoNCE of that CoT alone. With any critic its mean is a lower bound of MI.
 
-    "posterior": log C - sum_j h(p(c_i | y_j)); the posterior p(. | y_j) is the softmax of row j.
+    "column": log K - column InfoNCE of that principle. No bound of MI: its mean may exceed the row's.
+
+    "posterior": log K - sum_j h(p(c_i | y_j)); the posterior p(. | y_j) is the softmax of row j.
     The row uses only the CoT written under c_i. But any y_j may have been written under c_i, with
     probability p(c_i | y_j); here all are used, with that weight:
     E_{y ~ p_i} f(y) = sum_j E_{y ~ p_j} p(c_i | y) f(y), with the row loss f(y) = -log p(c_i | y).
     Exact for matched scores, neither an estimate nor a bound for other critics. On the embedded
     model its standard deviation over questions is 2 to 4 times smaller. Source: our choice.
 
-    Raises ValueError for another shape or estimator, for scores that are not finite on the
-    diagonal, and for num_candidates outside 1 to K.
+    Raises ValueError for another shape or estimator, for NaN, and for scores that are not finite on
+    the diagonal.
     """
-    num_candidates = _check_scores(scores, num_candidates)
+    _check_scores(scores)
     if estimator == "row":
-        return math.log(num_candidates) - row_info_nce(scores)  # [N, K]
-    if estimator == "posterior":
-        return math.log(num_candidates) - torch.special.entr(scores.softmax(-1)).sum(1)  # [N, K]
-    raise ValueError(f'information expects estimator "row" or "posterior", got {estimator!r}')
-
-
-def column_information(scores, num_candidates: int | None = None):
-    """log C - column InfoNCE by principle: scores [N, K, K] -> [N, K], nats; no bound of MI."""
-    num_candidates = _check_scores(scores, num_candidates)
-    return math.log(num_candidates) - column_info_nce(scores)  # [N, K]
+        losses = row_info_nce(scores)  # [N, K]
+    elif estimator == "column":
+        losses = column_info_nce(scores)  # [N, K]
+    elif estimator == "posterior":
+        losses = torch.special.entr(scores.softmax(-1)).sum(1)  # [N, K]
+    else:
+        raise ValueError(f'information expects estimator "row", "column" or "posterior", got {estimator!r}')
+    return math.log(scores.shape[-1]) - losses  # [N, K]
 
 
 class MutualInformation(NamedTuple):
     """In nats, but for the two retrieval shares, whose chance level is 1 / K."""
 
-    row: torch.Tensor  # [] mean of information(scores): the estimate of I(C; CoT | x)
-    column: torch.Tensor  # [] mean of column_information(scores): no bound, it may exceed the row
-    ceiling: float  # log C
+    row: torch.Tensor  # [] the estimate of I(C; CoT | x)
+    column: torch.Tensor  # [] no bound, it may exceed the row
+    ceiling: float  # log K
     row_retrieval: torch.Tensor  # [] share of completions whose own principle scores them highest
     column_retrieval: torch.Tensor  # [] share of principles whose own completion they score highest
 
 
-def mutual_information(scores, num_candidates: int | None = None) -> MutualInformation:
+def mutual_information(scores) -> MutualInformation:
     """Means over questions and principles of scores [N, K, K]. Raises as `information` does."""
-    own = torch.arange(scores.shape[-1], device=scores.device)  # [K]
+    _check_scores(scores)
+    num_principles = scores.shape[-1]
     return MutualInformation(
-        information(scores, "row", num_candidates).mean(),  # []
-        column_information(scores, num_candidates).mean(),  # []
-        math.log(num_candidates or scores.shape[-1]),
-        (scores.argmax(-1) == own).float().mean(),  # []
-        (scores.argmax(-2) == own).float().mean(),  # []
+        mi_lower_bound(row_info_nce(scores), num_principles),
+        information(scores, "column").mean(),
+        math.log(num_principles),
+        retrieval(scores).mean(),
+        retrieval(scores.mT).mean(),
     )
 
 
-def sufficiency(mean_information, num_candidates: int):
-    """SI, max(0, mean_information) / log C: nats -> share in [0, 1], a number or a tensor as given.
+def retrieval(scores):
+    """1 where a CoT is likeliest under its own principle: scores [N, K, K] -> [N, K]; chance 1 / K."""
+    own = torch.arange(scores.shape[-1], device=scores.device)  # [K]
+    return (scores.argmax(-1) == own).float()  # [N, K]
+
+
+def sufficiency_index(scores, estimator: str = "row"):
+    """SI of each principle: scores [N, K, K] -> [K], in [0, 1]. Arguments: see `information`.
 
     1 where the CoT is a sufficient statistic for its principle, 0 where it is independent of it.
-    The one place where SI is clamped: take all means before. Raises ValueError for C < 2.
+    The SI of the set is not the mean of these, but share_of_ceiling(mutual_information(scores).row, K).
     """
-    if num_candidates < 2:
-        raise ValueError(f"SI expects K >= 2 principles to tell apart, got {num_candidates}")
+    return share_of_ceiling(information(scores, estimator).mean(0), scores.shape[-1])  # [K]
+
+
+def share_of_ceiling(mean_information, num_principles: int):
+    """max(0, mean_information) / log K, nats -> share in [0, 1], a number or a tensor as given.
+
+    This makes an SI of a mean, and is the one place where SI is clamped: take all means before.
+    Raises ValueError for K < 2.
+    """
+    if num_principles < 2:
+        raise ValueError(f"SI expects K >= 2 principles, got {num_principles}")
     positive = mean_information.clamp(min=0) if torch.is_tensor(mean_information) else max(mean_information, 0.0)
-    return positive / math.log(num_candidates)
-
-
-def sufficiency_index(scores, estimator: str = "row", num_candidates: int | None = None):
-    """SI of each principle: scores [N, K, K] -> [K], in [0, 1]. Arguments: see `information`."""
-    info = information(scores, estimator, num_candidates)  # [N, K]
-    return sufficiency(info.mean(0), num_candidates or scores.shape[-1])  # [K]
-
-
-def set_sufficiency_index(scores, estimator: str = "row", num_candidates: int | None = None):
-    """SI of the set: scores [N, K, K] -> [], in [0, 1]. Arguments: see `information`."""
-    info = information(scores, estimator, num_candidates)  # [N, K]
-    return sufficiency(info.mean(), num_candidates or scores.shape[-1])  # []
-
-
-def reach(scores, num_candidates: int | None = None):
-    """SI with the 0.9 quantile over questions for the mean: scores [N, K, K] -> [K], in [0, 1].
-
-    SI is low for a principle that the model rarely follows, and for one that another principle
-    repeats. Reach is 1 for the first kind, which training can mend, and low for the second. It
-    needs tens of questions. Source: our choice; experiments/si_study.py shows its use.
-    """
-    info = information(scores, "row", num_candidates).double()  # [N, K]
-    return sufficiency(info.quantile(0.9, dim=0), num_candidates or scores.shape[-1])  # [K]
-
-
-def confusion(scores):
-    """Who is mistaken for whom: scores [N, K, K] -> [K, K], mean posterior of j given CoT i.
-
-    The mean is over the questions where j was a candidate: where its score is not -inf.
-    """
-    _check_scores(scores)
-    return scores.softmax(-1).sum(0) / scores.isfinite().sum(0).clamp(min=1)  # [K, K]
+    return positive / math.log(num_principles)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -161,9 +144,9 @@ def interval(values) -> dict:
     return {"mean": values.double().mean().item(), "low": low.item(), "high": high.item()}
 
 
-def sufficiency_interval(information, num_candidates: int) -> dict:
-    """{mean, low, high} of SI from information [N], nats; of a set its mean over principles."""
-    return {name: sufficiency(nats, num_candidates) for name, nats in interval(information).items()}
+def si_interval(nats, num_principles: int) -> dict:
+    """{mean, low, high} of SI from information [N]; for a set, the mean over its principles."""
+    return {name: share_of_ceiling(value, num_principles) for name, value in interval(nats).items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,8 +156,8 @@ def sufficiency_interval(information, num_candidates: int) -> dict:
 def subset_information(scores, members):
     """MI of subsets among themselves: scores [N, K, K], members [B, S] -> [N, B], nats.
 
-    A subset's members are its only candidates: its scores are their rows and columns, with no new
-    sampling. The estimator is "posterior", for matched scores. Raises ValueError for S < 2.
+    A subset's scores are the rows and columns of its members, with no new sampling. The estimator is
+    "posterior", for matched scores. Raises ValueError for S < 2.
     """
     _check_scores(scores)
     if members.ndim != 2 or members.shape[1] < 2:
@@ -193,48 +176,40 @@ def select_subset(scores, size: int, exact_up_to: int = 5000) -> list[int]:
 
     All subsets are tried where there are at most `exact_up_to`. Else a subset grows from each
     principle by the best outsider, then the best swap of a member is made until none raises the SI;
-    the best of these K is taken. The scores hold no -inf. Raises ValueError unless 2 <= size <= K.
+    the best of these K is taken. Raises ValueError unless 2 <= size <= K.
     """
-    num = scores.shape[-1]
-    if not 2 <= size <= num:
-        raise ValueError(f"select_subset expects 2 <= size <= K = {num}, got {size}")
+    num_principles = scores.shape[-1]
+    if not 2 <= size <= num_principles:
+        raise ValueError(f"select_subset expects 2 <= size <= K = {num_principles}, got {size}")
 
     def best(subsets):
         values = subset_information(scores, torch.tensor(subsets)).mean(0)  # [B]
         return subsets[int(values.argmax())], values.max().item()
 
-    if math.comb(num, size) <= exact_up_to:
-        return list(best(list(itertools.combinations(range(num), size)))[0])
-    ends = {}
-    for start in range(num):
+    if math.comb(num_principles, size) <= exact_up_to:
+        return list(best(list(itertools.combinations(range(num_principles), size)))[0])
+    found = {}
+    for start in range(num_principles):
         chosen = (start,)
         while len(chosen) < size:
-            chosen, value = best([(*chosen, new) for new in range(num) if new not in chosen])
-        while size < num:
-            others = [new for new in range(num) if new not in chosen]
+            chosen, value = best([(*chosen, new) for new in range(num_principles) if new not in chosen])
+        while size < num_principles:
+            others = [new for new in range(num_principles) if new not in chosen]
             swaps = [tuple(new if old == out else old for old in chosen) for out in chosen for new in others]
             swapped, swapped_value = best(swaps)
             if swapped_value <= value + 1e-9:  # it rises strictly, so this ends
                 break
             chosen, value = swapped, swapped_value
-        ends[chosen] = value
-    return sorted(max(ends, key=ends.get))
+        found[chosen] = value
+    return sorted(max(found, key=found.get))
 
 
-def _check_scores(scores, num_candidates: int | None = None) -> int:
-    """The number of candidates; raises ValueError for what the estimators cannot take."""
+def _check_scores(scores) -> None:
+    """Raises ValueError for what the estimators cannot take."""
     if scores.ndim != 3 or scores.shape[1] != scores.shape[2]:
         raise ValueError(f"expected scores [N, K, K] (question, completion, principle), got {list(scores.shape)}")
-    if not scores.diagonal(dim1=-2, dim2=-1).isfinite().all():
-        raise ValueError("expected finite scores of each completion under its own principle")
-    num_candidates = scores.shape[-1] if num_candidates is None else num_candidates
-    if not 1 <= num_candidates <= scores.shape[-1]:
-        raise ValueError(f"expected 1 to K = {scores.shape[-1]} candidates, got {num_candidates}")
-    return num_candidates
-
-
-# --------------------------------------------------------------------------------------------------
-# Whether an answer is right
+    if not scores.diagonal(dim1=-2, dim2=-1).isfinite().all() or scores.isnan().any():
+        raise ValueError("expected finite scores of each completion under its own principle, and no NaN")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -316,12 +291,12 @@ def fisher_rao(logits_p, logits_q):
     return 4 * (chord / 2).clamp(max=0.5**0.5).arcsin()  # [...]
 
 
-def principle_means(x, labels, num: int):
+def principle_means(x, labels, num_principles: int):
     """Mean point of each principle: x [n, d], labels [n] -> [K, d]; ValueError if one has none."""
-    counts = torch.bincount(labels, minlength=num)  # [K]
-    if len(counts) != num or (counts == 0).any():
-        raise ValueError(f"principle_means expects points under each of {num} principles, got {counts.tolist()}")
-    sums = torch.zeros(num, x.shape[1], dtype=torch.double).index_add_(0, labels, x.double())  # [K, d]
+    counts = torch.bincount(labels, minlength=num_principles)  # [K]
+    if len(counts) != num_principles or (counts == 0).any():
+        raise ValueError(f"principle_means expects points under each of {num_principles}, got {counts.tolist()}")
+    sums = torch.zeros(num_principles, x.shape[1], dtype=torch.double).index_add_(0, labels, x.double())  # [K, d]
     return sums / counts[:, None]  # [K, d]
 
 
@@ -343,12 +318,12 @@ def mean_angle(directions):
     return (unit @ unit.mT)[above[0], above[1]].clamp(-1, 1).arccos().rad2deg().mean()  # []
 
 
-def between_to_within(x, labels, num: int):
+def between_to_within(x, labels, num_principles: int):
     """Variance between the principles' means over variance about them: x [n, d], labels [n] -> [].
 
     Of n points that know nothing of their principle it is about (K - 1) / n, not 0.
     """
-    means = principle_means(x, labels, num)  # [K, d]
+    means = principle_means(x, labels, num_principles)  # [K, d]
     within = (x.double() - means[labels]).square().sum(-1).mean()  # []
     return centred(means).square().sum(-1).mean() / within  # []
 

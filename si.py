@@ -1,46 +1,43 @@
-"""python si.py: how well each principle is told apart by what the model writes under it.
+"""python si.py: which principles does the reasoning carry? Measure, select and create them.
 
     python si.py --principles principles/reasoning.txt                      # best principle first
     python si.py --principles FILE --propose 4 --select 4 --out best.jsonl  # create some, keep four
 
-For use before training. The model writes a chain of thought (CoT) to every question under every
-principle, and each is scored under all principles; metrics.py has the estimators. In order:
-settings, sampling and scoring, figures, selection, new principles, the command, the report.
+For use before training. The model writes a chain of thought (CoT) to each question under each
+principle, and each is scored under all of these; metrics.py has the estimators. Of a pool of more
+than 16 principles every question draws 16, as training draws its K: SI and MI are then those of 16
+principles, and MI is a lower bound of that of the whole pool.
+
+In order: settings, the measurement, its figures, selection, the command. support/chains.py samples
+and scores, support/propose.py writes new principles.
 """
 
-import functools
+import support  # isort: skip  # noqa: F401  (before torch: see there)
+
 import itertools
 import math
 import random
-import re
 import sys
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import metrics
-from grpo import TAGS, format_reward
-from support import answers, sampling, tiny
-from support.answers import answer_is_right, cot_mask
-from support.command import check_written_files, load_named, run_command
-from support.data import pick_questions
+from grpo import format_reward
+from support.answers import answer_is_right
+from support.chains import sample_chains, score_chains
+from support.command import check_written_files, exit_status, load_named, parse
+from support.data import make_template, pick_questions
 from support.errors import InputError
-from support.files import Principle, load_principles, save_principles, write_numbers
-from support.prompts import build_messages, encode_after, encode_prompts, eos_ids, prompt_limit
-from support.report import _heat_map, print_si, write_plot
-from support.sampling import uniform_numbers
-from support.scoring import hidden_states, log_probs
+from support.files import load_principles, save_principles
+from support.prompts import prompt_limit
+from support.propose import propose
+from support.report import heat_map, print_si, write_plot
 from support.settings import MAX_SEED, DatasetConfig, check_bounds, option
+from support.writing import write_json
 
-MAX_SCORED_ALL = 16  # principles; of more, each CoT meets MAX_SCORED_ALL - 1 sampled others
-SAMPLED_ROWS = 128  # completions sampled together
-HIDDEN_ELEMENTS = 2**24  # of the hidden states of the completions that are scored together: 64 MB
-# --------------------------------------------------------------------------------------------------
-# Settings, and what `si.py` and `geometry.py` share
+PER_QUESTION = 16  # the most principles that a question is measured under
 
 
 @dataclass
@@ -52,10 +49,6 @@ class SiConfig(DatasetConfig):
     num_questions: int = option(128, "questions, drawn from --dataset; all of them where it has fewer", at_least=2)
     select: int | None = option(None, "how many principles to choose: those with the highest SI as a set", at_least=2)
     propose: int | None = option(None, "how many new principles to create and measure with the others", at_least=1)
-    num_negatives: int | None = option(
-        None, "other principles that a chain of thought is scored under, drawn anew for each question; "
-        "default: all of up to 15, else 15", at_least=1,
-    )
     out: str | None = option(None, ".jsonl of the selected principles (without --select: of all, best first)")
     json: str | None = option(None, "file of all numbers; the heat map of confusions goes beside it, as .png")
     max_completion_length: int = option(64, "tokens; longer completions are cut and count as badly formed", at_least=1)
@@ -68,243 +61,178 @@ class SiConfig(DatasetConfig):
         check_written_files(self, out=".jsonl", json=".json")
 
 
+def check_pool(config, num_principles: int, num_questions: int) -> None:
+    """Raises InputError where a pool of this size is too small for --select, or the questions too few."""
+    if config.select and config.select > num_principles:
+        raise InputError(f"--select: got {config.select}, of {num_principles} principles; 2 to {num_principles} is "
+                         "accepted")
+    needed = math.ceil(2 * num_principles / min(num_principles, PER_QUESTION))  # two for each principle
+    if num_questions < needed:
+        source = "--num-questions" if num_questions == config.num_questions else f"--dataset {config.dataset}"
+        raise InputError(f"{source}: got {num_questions} questions for {num_principles} principles; {needed} or more "
+                         "are accepted")
+
+
 # --------------------------------------------------------------------------------------------------
-# Sampling and scoring
+# The measurement
 
 
-class Chain(NamedTuple):
-    """A sampled completion, cut for scoring."""
+def draw_principles(num_principles: int, num_questions: int, seed: int):
+    """The principles that each question is measured under: indices [N, C], sorted in each row.
 
-    text: str  # the whole completion but its end token
-    whole: list[int]  # its tokens
-    ids: list[int]  # its CoT: through </reasoning>; where that never comes, all, an end token too
-    context: list[int]  # ids without the end token: what an answer can follow
-    closed: bool  # whether </reasoning> came
-    truncated: bool  # whether no end token came within --max-completion-length
-
-
-@torch.no_grad()
-def sample_chains(model, tokenizer, prompts, config) -> list[list[Chain]]:
-    """A completion of each prompt, no top-k or top-p: N lists of K prompts -> N lists of K."""
-    num, eos, chains = len(prompts[0]), eos_ids(model, tokenizer), []
-    flat = [prompt for row in prompts for prompt in row]
-    for start in tqdm(range(0, len(flat), SAMPLED_ROWS), desc="sampling", dynamic_ncols=True):
-        block = flat[start : start + SAMPLED_ROWS]
-        keys = [f"{config.seed} chain {n}" for n in range(start, start + len(block))]
-        uniform = uniform_numbers(keys, 1, config.max_completion_length, device=model.device)  # [P, 1, T]
-        out = sampling.sample(model, block, uniform, config.temperature, eos, tokenizer.pad_token_id)
-        spans = cot_mask(tokenizer, out.tokens, out.mask).sum(-1)  # [P, 1]
-        texts = answers.decode(tokenizer, out.tokens[:, 0], out.mask[:, 0], eos, config.form.prefill)  # P
-        for n, text in enumerate(texts):
-            whole, ids = out.tokens[n, 0][out.mask[n, 0]].tolist(), out.tokens[n, 0, : spans[n, 0]].tolist()
-            closed = "</reasoning>" in text
-            ended = not closed and ids[-1] in eos
-            chains.append(Chain(text, whole, ids, ids[:-1] if ended else ids, closed, bool(out.truncated[n, 0])))
-    return [chains[i : i + num] for i in range(0, len(chains), num)]
-
-
-def draw_candidates(num: int, num_questions: int, num_negatives: int, seed: int):
-    """Which CoTs prompt j scores: [N, K, C], its own and those of C - 1 = num_negatives others.
-
-    The principles stand in a ring, in random order, anew for each question. A CoT is scored under
-    its own and the next C - 1, which are drawn uniformly; every prompt scores C CoTs. log C - row
-    InfoNCE is then I(C; CoT | x, random subset), a lower bound of that in the whole pool.
+    C is PER_QUESTION, or all of a smaller pool. Each question takes those that were drawn least
+    often so far, in random order among equals, so any two counts differ by at most one.
     """
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    ring = torch.rand(num_questions, num, generator=generator).argsort(-1)  # [N, K] the principle at each place
-    offsets = torch.arange(num)[:, None] - torch.arange(num_negatives + 1)  # [K, C] places of its writers
-    return ring[:, offsets % num].take_along_dim(ring.argsort(-1)[..., None], 1)  # [N, K, C] by principle
+    generator = torch.Generator().manual_seed(seed)
+    times, rows = torch.zeros(num_principles), []  # [K]
+    for _ in range(num_questions):
+        order = (times + torch.rand(num_principles, generator=generator)).argsort()  # [K]
+        rows.append(order[:PER_QUESTION].sort().values)  # [C]
+        times[rows[-1]] += 1
+    return torch.stack(rows)  # [N, C]
 
 
-@torch.no_grad()
-def score_chains(model, tokenizer, prompts, chains, written_by, temperature, answers=None, title="scoring"):
-    """Every CoT under its candidate principles, and the right answer after it.
+def measure(model, tokenizer, template, principles, questions, drawn, config, name="chain"):
+    """A CoT to each question under each principle drawn for it, scored under all of these.
 
-    prompts, chains: N lists of K; written_by [N, K, C]: see draw_candidates; answers: N strings or
-    None. Returns two tables [N, K, K] on the CPU, in nats, from one pass:
-
-        scores[n, i, j]        log-probability of CoT i under principle j; -inf where not scored
-        answer_logp[n, j, i]   log-probability of "{answer}</answer>" after prompt j, CoT i and
-                               "<answer>", with </reasoning> before it where the CoT has none;
-                               NaN where not scored or no answer is known
+    drawn: see draw_principles; name: of the random numbers. Returns N lists of C chains, and scores
+    [N, C, C].
     """
-    num_questions, num, per_prompt = written_by.shape
-    answers = answers or [None] * num_questions
-    longest = max(len(chain.ids) for row in chains for chain in row) + 16  # about
-    elements = num * per_prompt * longest * model.get_output_embeddings().weight.shape[1]
-    size = max(1, HIDDEN_ELEMENTS // elements)  # questions at a time
-    scores = torch.full((num_questions, num, num), -math.inf)  # [N, i, j]
-    answer_logp = torch.full((num_questions, num, num), math.nan)  # [N, j, i]
-    for start in tqdm(range(0, num_questions, size), desc=title, dynamic_ncols=True):
-        part = slice(start, start + size)
-        rows = [_score_row(c, answer, tokenizer) for row, answer in zip(chains[part], answers[part]) for c in row]
-        padded = [pad_sequence([*map(torch.tensor, column)], batch_first=True) for column in zip(*rows)]  # [Q·K, T]
-        index = written_by[part]  # [Q, K, C]
-        where = (torch.arange(len(index))[:, None, None] * num + index).flatten(0, 1)  # [Q·K, C] rows by prompt
-        inputs, targets, kinds = (t[where].to(model.device) for t in padded)  # [Q·K, C, T] each
-        flat = [prompt for row in prompts[part] for prompt in row]  # Q·K
-        hidden = hidden_states(model, flat, inputs, kinds > 0)  # [Q·K, C, T, d]
-        logp = log_probs(model, hidden, targets, kinds > CONTEXT, temperature)  # [Q·K, C, T]
-        cot, answer = ((logp * (kinds == k)).sum(-1).float().cpu().view_as(index) for k in (COT, ANSWER))  # [Q, K, C]
-        scores[part].scatter_(1, index.mT, cot.mT)
-        answer_logp[part].scatter_(2, index, answer)
-    answer_logp[torch.tensor([answer is None for answer in answers])] = math.nan
-    return scores, answer_logp
-
-
-CONTEXT, COT, ANSWER = 1, 2, 3  # a token that is only read; one that counts for the CoT, for the answer
-
-
-def _score_row(chain: Chain, answer: str | None, tokenizer):
-    """(inputs, targets, kinds) of one chain and the answer after it, lists of one length T.
-
-    Targets differ from inputs in one place: an end token that the model wrote counts in the CoT's
-    probability, and in its place the model reads on.
-    """
-    if answer is None:
-        return chain.ids, chain.ids, [COT] * len(chain.ids)
-    thought, closing, _ = chain.text.partition("</reasoning>")
-    bridge = "<answer>" if chain.closed else "</reasoning><answer>"
-    context = thought + closing or "\n"  # at the beginning of a text many tokenizers write a space
-    only_bridge = encode_after(tokenizer, context, bridge)
-    more = encode_after(tokenizer, context, f"{bridge}{answer}</answer>")
-    # A token that spans the end of the bridge, such as ">(", counts for the answer.
-    read = next((t for t, pair in enumerate(zip(only_bridge, more)) if pair[0] != pair[1]), len(only_bridge))
-    inputs = chain.context + more
-    targets = chain.ids + inputs[len(chain.ids) :]
-    kinds = [COT] * len(chain.ids) + [CONTEXT] * (len(inputs) - len(chain.ids) - len(more) + read)
-    return inputs, targets, kinds + [ANSWER] * (len(inputs) - len(kinds))
+    limit = prompt_limit(model, config.max_completion_length)
+    pairs = [(question.text, principles[i].text) for question, row in zip(questions, drawn.tolist()) for i in row]
+    prompts = template.encode(tokenizer, pairs, limit)  # N·C
+    rows, per_question = drawn.numel(), drawn.shape[1]
+    print(f"{len(questions)} questions x {per_question} principles: {rows} chains of thought to sample, "
+          f"{rows * per_question} sequences to score; through the model go 2 x {sum(map(len, prompts))} tokens of "
+          f"prompts and at most {rows * (per_question + 1) * config.max_completion_length} of completions", flush=True)
+    options = config.max_completion_length, config.temperature, template.prefill
+    chains = sample_chains(model, tokenizer, prompts, f"{config.seed} {name}", *options)  # N·C
+    prompts, chains = ([flat[i : i + per_question] for i in range(0, rows, per_question)] for flat in (prompts, chains))
+    return chains, score_chains(model, prompts, chains, config.temperature)
 
 
 # --------------------------------------------------------------------------------------------------
 # Figures
 
 
-def estimate_si(model, tokenizer, principles, questions, config, sources) -> tuple[dict, torch.Tensor]:
-    """(all numbers of the report, scores [N, K', K'] of all pairs in its "pool")."""
-    num, answers = len(principles), [q.answer for q in questions]
-    negatives = config.num_negatives or min(num, MAX_SCORED_ALL) - 1
-    if negatives >= num:
-        raise InputError(f"--num-negatives: got {negatives}, of {num} principles; 1 to {num - 1} is accepted")
-    ends = [tiny.encode(tokenizer, f"</reasoning><answer>{a}</answer>") for a in answers if a is not None]
-    limit = prompt_limit(model, config.max_completion_length + max(map(len, ends), default=0))
-    opposed = [i for i, p in enumerate(principles) if p.negative is not None]
-    prompts, opposites = (  # N lists of K, of K'
-        [config.form.encode(tokenizer, [(q.text, text) for text in texts], limit) for q in questions]
-        for texts in ([p.text for p in principles], [principles[i].negative for i in opposed])
+def estimate_si(model, tokenizer, template, principles, sources, questions, config) -> tuple[dict, torch.Tensor]:
+    """(all numbers of the report but the selection, scores [N, C, C])."""
+    drawn = draw_principles(len(principles), len(questions), config.seed)  # [N, C]
+    opposed = [(n, c) for n, row in enumerate(drawn.tolist()) for c, i in enumerate(row) if principles[i].negative]
+    limit = prompt_limit(model, config.max_completion_length)  # an opposite that is too long is refused at once
+    opposites = template.encode(
+        tokenizer, [(questions[n].text, principles[drawn[n, c]].negative) for n, c in opposed], limit
     )
-    rows, read = len(questions) * num, sum(len(prompt) for row in prompts for prompt in row)
-    print(f"{len(questions)} questions x {num} principles: {rows} chains of thought to sample, "
-          f"{rows * (negatives + 1)} sequences to score; through the model go 2 x {read} tokens of prompts and at most "
-          f"{rows * (negatives + 2) * config.max_completion_length} of completions", flush=True)
-    score = functools.partial(score_chains, model, tokenizer, temperature=config.temperature)
-    chains = sample_chains(model, tokenizer, prompts, config)
-    written_by = draw_candidates(num, len(questions), negatives, config.seed)  # [N, K, C]
-    scores, answer_logp = score(prompts, chains, written_by, answers=answers)  # [N, K, K] both
-    summary = summarise_si(principles, sources, questions, chains, scores, answer_logp, negatives + 1)
+    chains, scores = measure(model, tokenizer, template, principles, questions, drawn, config)  # scores [N, C, C]
+    summary = summarise_si(principles, sources, questions, drawn, chains, scores)
     if opposed:
-        only_own = torch.arange(len(opposed))[None, :, None].expand(len(questions), -1, -1)  # [N, K', 1]
-        their_chains = [[row[i] for i in opposed] for row in chains]
-        under, _ = score(opposites, their_chains, only_own, title="negatives")  # [N, K', K']
-        own = scores.diagonal(dim1=1, dim2=2)[:, opposed]  # [N, K']
-        summary["negatives"] = compare_negatives([principles[i] for i in opposed], own, under.diagonal(dim1=1, dim2=2))
-
-    summary["pool"] = pool = list(range(num))
-    if config.select and negatives + 1 < num:  # a selection needs every pair: complete the table of the best
-        ranked = [p["index"] for p in summary["principles"]]
-        summary["pool"] = pool = sorted(ranked[: max(MAX_SCORED_ALL, 2 * config.select)])
-        pairs = draw_candidates(len(pool), len(questions), len(pool) - 1, config.seed)  # [N, K', K']
-        of_pool = ([[row[i] for i in pool] for row in table] for table in (prompts, chains))
-        scores, _ = score(*of_pool, pairs, title="the best under each other")  # [N, K', K']
+        alone = [[prompt] for prompt in opposites], [[chains[n][c]] for n, c in opposed]
+        under = score_chains(model, *alone, config.temperature, "opposites").flatten()  # [M]
+        own = torch.stack([scores[n, c, c] for n, c in opposed])  # [M]
+        owners = torch.stack([drawn[n, c] for n, c in opposed])  # [M]
+        summary["negatives"] = compare_negatives(principles, owners, own, under)
     return summary, scores
 
 
-def summarise_si(principles, sources, questions, chains, scores, answer_logp, num_candidates: int) -> dict:
+def summarise_si(principles, sources, questions, drawn, chains, scores) -> dict:
     """All figures of the report, best principle first; intervals are 95%, over questions."""
-    tables = make_tables(questions, chains, scores, answer_logp, num_candidates)
-    mistaken, reached = metrics.confusion(scores), metrics.reach(scores, num_candidates)  # [K, K], [K]
-    likeliest = mistaken.masked_fill(torch.eye(len(principles), dtype=torch.bool), -1).max(-1)  # [K] both
+    tables, per_question = make_tables(questions, chains, scores), drawn.shape[1]
+    mistaken = mean_by_pair(scores.softmax(-1), drawn, len(principles))  # [K, K] mean posterior of j given CoT i
+    others = mistaken.nan_to_num(-1).fill_diagonal_(-1).max(-1)  # [K] both
     rows = [
         {
-            "id": principle.id, "text": principle.text, "source": sources[i], "index": i, "reach": reached[i].item(),
-            **summarise_tables({name: table[:, i] for name, table in tables.items()}, num_candidates),
-            "mistaken_for": principles[likeliest.indices[i]].id, "mistaken_share": likeliest.values[i].item(),
+            "id": principle.id, "text": principle.text, "source": sources[i], "index": i,
+            **summarise_tables({name: table[drawn == i] for name, table in tables.items()}, per_question),
+            "mistaken_for": principles[others.indices[i]].id, "mistaken_share": others.values[i].item(),
         }
         for i, principle in enumerate(principles)
     ]
     rows.sort(key=lambda row: -row["mi"]["mean"])
     for row, following in itertools.pairwise(rows):
         row["overlaps_next"] = row["si"]["low"] <= following["si"]["high"]
-    together = summarise_tables({name: table.mean(1) for name, table in tables.items()}, num_candidates)
-    scored, lengths = scores.isfinite(), tables["cot_length"]  # [N, K, K], [N, K]
+    lengths = tables["cot_length"]  # [N, C]
     return {
         "questions": len(questions), "chains": lengths.numel(), "cot_tokens": int(lengths.sum()),
         "truncated": sum(c.truncated for row in chains for c in row) / lengths.numel(),
-        "candidates": num_candidates, "ceiling": math.log(num_candidates), "chance": 1 / num_candidates,
-        "set": {"reach": reached.mean().item(), **together},
+        "per_question": per_question, "ceiling": math.log(per_question), "chance": 1 / per_question,
+        "set": summarise_tables({name: table.mean(1) for name, table in tables.items()}, per_question),
         "principles": rows, "ids": [p.id for p in principles], "confusion": mistaken.tolist(),
-        "mean_scores": (scores.where(scored, 0).sum(0) / scored.sum(0).clamp(min=1)).tolist(),
+        "drawn": drawn.tolist(), "row_information": tables["mi_row"].tolist(),
     }
 
 
-def make_tables(questions, chains, scores, answer_logp, num_candidates: int) -> dict:
-    """Figures by question and principle [N, K]; with A > 0 answers accuracy, answer_gain [A, K]."""
-    own = torch.arange(scores.shape[-1])  # [K]
-
+def make_tables(questions, chains, scores) -> dict:
+    """Figures of each chain, [N, C]; accuracy, NaN without an answer, only where one is known."""
     def table(value_of):
-        return torch.tensor([[value_of(chain) for chain in row] for row in chains], dtype=torch.double)  # [N, K]
+        return torch.tensor([[value_of(chain) for chain in row] for row in chains], dtype=torch.double)  # [N, C]
 
     tables = {
-        "information": metrics.information(scores, "posterior", num_candidates),
-        "mi_row": metrics.information(scores, "row", num_candidates),
-        "mi_column": metrics.column_information(scores, num_candidates),
-        "retrieval": (scores.argmax(-1) == own).double(),
+        "information": metrics.information(scores, "posterior"),
+        "mi_row": metrics.information(scores, "row"),
+        "mi_column": metrics.information(scores, "column"),
+        "retrieval": metrics.retrieval(scores).double(),
         "format": table(lambda chain: 0.0 if chain.truncated else format_reward(chain.text)),  # as training rewards
         "closed": table(lambda chain: chain.closed),
-        "cot_length": table(lambda chain: len(chain.ids)),
+        "cot_length": table(lambda chain: chain.cot_length),
     }
-    if answered := [n for n, q in enumerate(questions) if q.answer is not None]:
-        right = [[answer_is_right(c.text, questions[n].answer) for c in chains[n]] for n in answered]
-        tables["accuracy"] = torch.tensor(right, dtype=torch.double)  # [A, K]
-        tables["answer_gain"] = answer_gain(answer_logp[answered])  # [A, K]
+    if any(question.answer is not None for question in questions):
+        right = [
+            [math.nan if question.answer is None else answer_is_right(chain.text, question.answer) for chain in row]
+            for question, row in zip(questions, chains)
+        ]
+        tables["accuracy"] = torch.tensor(right, dtype=torch.double)  # [N, C]
     return tables
 
 
-def summarise_tables(values: dict, num_candidates: int) -> dict:
-    """The figures of one principle, or of the set, from the values [N] of its questions."""
-    nats = values["information"]  # [N]
-    figures = {"si": metrics.sufficiency_interval(nats, num_candidates), "mi": metrics.interval(nats)}
-    for name, value in values.items():
-        if name != "information":
-            figures[name] = metrics.interval(value) if name == "answer_gain" else value.mean().item()
-    return figures
+def summarise_tables(values: dict, per_question: int) -> dict:
+    """The figures of one principle, or of the set, from the values [n] of its questions."""
+    nats = values["information"]  # [n]
+    figures = {"si": metrics.si_interval(nats, per_question), "mi": metrics.interval(nats)}
+    return figures | {name: value.nanmean().item() for name, value in values.items() if name != "information"}
 
 
-def answer_gain(answer_logp):
-    """Nats that a principle's own CoT adds to the right answer: [N, K prompts, K CoTs] -> [N, K].
-
-    log p(answer | prompt i, CoT i) - mean over j != i of log p(answer | prompt i, CoT j): only the
-    CoT changes. Above 0, what is written under this principle helps more than what is written under
-    others. NaN entries (not scored) are left out.
-    """
-    own = answer_logp.diagonal(dim1=-2, dim2=-1)  # [N, K]
-    off = ~torch.eye(answer_logp.shape[-1], dtype=torch.bool)  # [K, K]
-    return own - answer_logp.where(off, math.nan).nanmean(-1)  # [N, K]
+def mean_by_pair(values, drawn, num_principles: int):
+    """Mean of values [N, C, C] over the questions that drew i and j: [K, K], NaN where none did."""
+    pairs = (drawn[:, :, None] * num_principles + drawn[:, None, :]).flatten()  # [N·C·C]
+    sums = torch.zeros(num_principles**2, dtype=torch.double).index_add_(0, pairs, values.double().flatten())  # [K·K]
+    counts = torch.bincount(pairs, minlength=num_principles**2)  # [K·K]
+    return (sums / counts).reshape(num_principles, num_principles)  # [K, K]
 
 
-def compare_negatives(principles, own, under_negative) -> list[dict]:
-    """How far each principle c is from its opposite, from log-probabilities [N, K'] under either.
+def compare_negatives(principles, owners, own, under_negative) -> list[dict]:
+    """How far each principle c is from its opposite, from log-probabilities [M] of CoTs under both.
 
+    owners [M]: the principle that each CoT was written under. The figure is
     KL(p(. | c) || half p(. | c) + half p(. | opposite)), at most log 2, and no bound on any mutual
     information: all CoTs were written under c, none under the opposite.
     """
-    nats = math.log(2) - F.softplus(under_negative - own)  # [N, K']
+    nats = math.log(2) - F.softplus(under_negative - own)  # [M]
     return [
-        {"id": p.id, "negative": p.negative, "nats": metrics.interval(nats[:, i]),
-         "si_opposite": metrics.sufficiency_interval(nats[:, i], 2),
-         "retrieval": (own[:, i] > under_negative[:, i]).double().mean().item()}
-        for i, p in enumerate(principles)
+        {"id": principles[i].id, "negative": principles[i].negative, "nats": metrics.interval(nats[owners == i]),
+         "si_opposite": metrics.si_interval(nats[owners == i], 2),
+         "retrieval": (own > under_negative)[owners == i].double().mean().item()}
+        for i in owners.unique().tolist()
     ]
+
+
+# --------------------------------------------------------------------------------------------------
+# Selection
+
+
+def select_principles(model, tokenizer, template, principles, questions, summary, scores, config) -> dict:
+    """The best --select of the pool, from scores [N, C, C]; of a large pool the best are measured again.
+
+    A choice needs every principle beside every other, which a pool of more than PER_QUESTION has not.
+    """
+    pool = list(range(len(principles)))
+    if len(pool) > PER_QUESTION:
+        ranked = [row["index"] for row in summary["principles"]]
+        pool = sorted(ranked[: max(PER_QUESTION, 2 * config.select)])
+        print(f"to select, the best {len(pool)} are measured again, now under each other")
+        together = torch.arange(len(pool)).expand(len(questions), -1)  # [N, K']
+        best = [principles[i] for i in pool]
+        _, scores = measure(model, tokenizer, template, best, questions, together, config, "best")  # [N, K', K']
+    return {"pool": pool, **summarise_selection(scores, pool, principles, config.select)}
 
 
 def summarise_selection(scores, pool, principles, size: int) -> dict:
@@ -315,7 +243,7 @@ def summarise_selection(scores, pool, principles, size: int) -> dict:
     """
     def si_of(some_scores, subsets):
         nats = metrics.subset_information(some_scores, torch.tensor(subsets))  # [N, B]
-        return metrics.sufficiency(nats.mean().item(), size)
+        return metrics.share_of_ceiling(nats.mean().item(), size)
 
     chosen, halves = metrics.select_subset(scores, size), (scores[::2], scores[1::2])
     other_half = [si_of(halves[1 - n], [metrics.select_subset(half, size)]) for n, half in enumerate(halves)]
@@ -324,109 +252,10 @@ def summarise_selection(scores, pool, principles, size: int) -> dict:
     return {
         "ids": [principles[pool[i]].id for i in chosen],
         "indices": [pool[i] for i in chosen],
-        "si": metrics.sufficiency_interval(nats, size),
+        "si": metrics.si_interval(nats, size),
         "si_other_half": sum(other_half) / 2,
         "si_random_subset": si_of(scores, [rng.sample(range(len(pool)), size) for _ in range(200)]),
     }
-
-
-# --------------------------------------------------------------------------------------------------
-# New principles: the model rewrites and joins the given ones; or their texts are joined
-
-REPEAT = "Repeat this sentence and write nothing else: {}"
-REWRITE = (
-    "This is a principle for how to reason: {}\nWrite a different principle with the same purpose, more concrete, as "
-    "one short instruction. Write that sentence and nothing else."
-)
-COMBINE = (
-    "These are two principles for how to reason:\n- {}\n- {}\nWrite one new principle that joins the best of both, as "
-    "one short instruction. Write that sentence and nothing else."
-)
-MAX_WORDS = 40  # of a created principle
-ROUNDS = 4  # of sampling, before what is missing is joined from the texts
-
-
-def propose(model, tokenizer, principles, num: int, config) -> list[tuple[Principle, str]]:
-    """Up to `num` new principles, each with where it came from; all differ in letters or digits.
-
-    The model writes them if it can repeat half of the given ones when asked to. Where it cannot, or
-    too few of its texts are usable, two given texts are joined with "and". Fewer than `num` come
-    where no more pairs exist.
-    """
-    rng = random.Random(f"{config.seed} propose")
-    known, ids, found = {_essence(p.text) for p in principles}, {p.id for p in principles}, []
-    candidates = itertools.chain(
-        written_principles(model, tokenizer, principles, num, config, rng), joined_principles(principles, rng)
-    )
-    for name, text, source in candidates:
-        if _essence(text) in known:
-            continue
-        while name in ids:
-            name += "'"
-        known.add(_essence(text))
-        ids.add(name)
-        found.append((Principle(name, text), source))
-        if len(found) == num:
-            break
-    return found
-
-
-def written_principles(model, tokenizer, principles, num: int, config, rng):
-    """Yields (id, text, source) of usable texts of the model; none if it cannot even repeat."""
-    repeated = _ask(model, tokenizer, [REPEAT.format(p.text) for p in principles], 0.01, f"{config.seed} repeat")
-    if sum(_essence(a) == _essence(p.text) for a, p in zip(repeated, principles)) * 2 < len(principles):
-        return
-    for turn in range(ROUNDS):
-        requests = [  # id, source, text of the request
-            (f"{p.id}*", f"{p.id} rewritten by {config.model}", REWRITE.format(p.text))
-            for p in rng.choices(principles, k=num)
-        ] + [
-            (f"{a.id}*{b.id}", f"{a.id} and {b.id} combined by {config.model}", COMBINE.format(a.text, b.text))
-            for a, b in (rng.sample(principles, 2) for _ in range(num))
-        ]
-        texts = _ask(model, tokenizer, [request for *_, request in requests], 1.0, f"{config.seed} round {turn}")
-        written = list(zip(requests, texts))
-        rng.shuffle(written)
-        yield from ((name, text, source) for (name, source, _), text in written if _is_usable(tokenizer, text))
-
-
-def joined_principles(principles, rng):
-    """Yields (id, text, source) of pairs of the given texts, joined, in random order."""
-    pairs = list(itertools.combinations(principles, 2))
-    rng.shuffle(pairs)
-    for a, b in pairs:
-        second = b.text if b.text[1:2].isupper() else b.text[:1].lower() + b.text[1:]  # "SI units" keeps its capitals
-        text = f"{a.text.rstrip(' .!;')} and {second}"
-        if len(text.split()) <= MAX_WORDS:
-            yield f"{a.id}+{b.id}", text, f"{a.id} and {b.id} joined by their texts"
-
-
-@torch.no_grad()
-def _ask(model, tokenizer, requests: list[str], temperature: float, key: str) -> list[str]:
-    """The first line of the model's reply to each request, without bullets and quotes."""
-    conversations = [[{"role": "user", "content": request}] for request in requests]
-    prompts = encode_prompts(tokenizer, conversations, prompt_limit(model, 80))
-    keys, eos = [f"{key} {n}" for n in range(len(prompts))], eos_ids(model, tokenizer)
-    uniform = uniform_numbers(keys, 1, 80, device=model.device)  # [P, 1, T]
-    out = sampling.sample(model, prompts, uniform, temperature, eos, tokenizer.pad_token_id)
-    texts = answers.decode(tokenizer, out.tokens[:, 0], out.mask[:, 0], eos)
-    lines = [(text.strip().splitlines() or [""])[0] for text in texts]
-    return [re.sub(r"^[\s\-*•\d.)\"“']+|[\s\"”'*]+$", "", line) for line in lines]
-
-
-def _is_usable(tokenizer, text: str) -> bool:
-    """Whether it is a whole sentence of 3 to MAX_WORDS words, without tags and control tokens."""
-    if not (3 <= len(text.split()) <= MAX_WORDS and text[-1] in ".!" and text.isprintable()):
-        return False
-    try:
-        return not any(tag in text for tag in TAGS) and bool(encode_prompts(tokenizer, [build_messages("?", text)]))
-    except InputError:  # a control token of the tokenizer
-        return False
-
-
-def _essence(text: str) -> str:
-    """Letters and digits without case: what has to differ between two principles."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -435,8 +264,11 @@ def _essence(text: str) -> str:
 
 def run_si(config: SiConfig) -> None:
     """Everything that `python si.py` does, the files first, then the report, then the plot."""
-    principles, questions = load_principles(config.principles), pick_questions(config)
+    principles, template = load_principles(config.principles), make_template(config)
     model, tokenizer = load_named("--model", config.model)
+    questions = pick_questions(model, tokenizer, [p.text for p in principles], template, config)
+    check_pool(config, len(principles) + (config.propose or 0), len(questions))
+    print(template.describe(), flush=True)
     sources = [config.principles] * len(principles)
     if config.propose:
         found = propose(model, tokenizer, principles, config.propose, config)
@@ -444,16 +276,15 @@ def run_si(config: SiConfig) -> None:
         for principle, source in found:
             principles, sources = [*principles, principle], [*sources, source]
             print(f"proposed {principle.id}: {principle.text} ({source})")
-    num = len(principles)
-    if config.select and config.select > num:
-        raise InputError(f"--select: got {config.select}, of {num} principles; 2 to {num} is accepted")
-    summary, scores = estimate_si(model, tokenizer, principles, questions, config, sources)
+        check_pool(config, len(principles), len(questions))
+    summary, scores = estimate_si(model, tokenizer, template, principles, sources, questions, config)
     chosen = [row["index"] for row in summary["principles"]]
     if config.select:
-        summary["selection"] = summarise_selection(scores, summary["pool"], principles, config.select)
+        arguments = template, principles, questions, summary, scores, config
+        summary["selection"] = select_principles(model, tokenizer, *arguments)
         chosen = summary["selection"]["indices"]
     if config.json:
-        write_numbers(config.json, {"command": "si", "settings": asdict(config), **summary})
+        write_json(config.json, {"command": "si", "settings": asdict(config), **summary})
     if config.out:
         save_principles(config.out, [principles[i] for i in chosen])
     print_si(summary, config)
@@ -461,18 +292,13 @@ def run_si(config: SiConfig) -> None:
         print(f"{config.json}: all numbers")
     if config.out:
         print(f"{config.out}: {len(chosen)} principles, for `python train.py --principles {config.out}`")
-    if config.json and (plot := write_plot(config.json, lambda plt: _heat_map(plt, summary))):
+    if config.json and (plot := write_plot(config.json, lambda plt: heat_map(plt, summary))):
         print(f"{plot}: the plot")
 
 
 def main(argv=None) -> int:
-    return run_command(SiConfig, run_si, __doc__.partition("\n")[0], argv)
-
-
-# --------------------------------------------------------------------------------------------------
-# Its report
+    return exit_status(lambda: run_si(parse(argv, SiConfig)))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows ASCII only
     sys.exit(main())

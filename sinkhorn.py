@@ -14,9 +14,9 @@ Two parts give the same numbers. "The textbook" is the equations above, for any 
 "The same, faster" is what `entropic_ot` and `sinkhorn_divergence` use unless `fast=False`.
 
 Our choices:
-- The gradient is that of the envelope theorem: f, g and P are constants, nothing is unrolled, so
-  dOT/da = f and dOT/dC = P. It is exact at convergence, and of first order only: differentiating
-  it again raises in the fast part, and in the textbook leaves out how P moves.
+- The gradient is that of the envelope theorem: nothing is unrolled, dOT/da = f and dOT/dC = P, exact
+  at convergence. It is of first order only: differentiated again, entropic_ot and the divergence
+  raise, and ot_of_cost leaves out how P moves.
 - Weights are divided by their sum inside the graph: a 0/1 mask is a valid weight, and the gradient
   of weights is f - <a, f>. A zero weight is a removed point: no effect on value or gradients.
 - A batch element that has converged stays: no result depends on what shares its batch.
@@ -37,8 +37,8 @@ Copy this file alone: it needs torch only. Moving a cloud by v costs |v|^2, for 
 [[-6.0, -8.0], [-6.0, -8.0], [-6.0, -8.0]]
 """
 
+import inspect
 import math
-import sys
 import warnings
 from typing import NamedTuple
 
@@ -60,9 +60,9 @@ def sinkhorn_potentials(cost, eps, a=None, b=None, *, max_iter=1000, tol=1e-4):
 
     cost [..., n, m] finite; eps > 0 a number or a tensor [...], in units of cost; a [..., n] or [n]
     and b [..., m] or [m] non-negative, divided by their sums, uniform by default. Returns
-    (f [..., n], g [..., m], info), detached, in the type of cost: P's column sums are exact, its
-    row sums within info.marginal_error. Stops when every batch element is within tol, or at
-    max_iter: then warns (RuntimeWarning). Raises ValueError on bad shapes, weights, eps or cost.
+    (f [..., n], g [..., m], info), detached, in the type of cost: P's column sums are exact, its row
+    sums within info.marginal_error. Stops when every batch element is within tol, or at max_iter: then
+    warns (RuntimeWarning). Raises ValueError on bad shapes, weights or eps, and if C / eps is not finite.
     """
     dtype, *checked = _check_cost(cost, eps, a, b, max_iter, tol)
     cost, eps, a, b = (t.detach() for t in checked)  # [..., n, m], [...], [..., n], [..., m] float64
@@ -96,10 +96,7 @@ def transport_plan(f, g, cost, eps, a=None, b=None):
 
 
 def ot_of_cost(cost, eps, a=None, b=None, *, max_iter=1000, tol=1e-4):
-    """OT_eps for any cost matrix, differentiable in cost, a and b: (value [...], SinkhornInfo).
-
-    Arguments, types and errors as in `sinkhorn_potentials`. Source: Cuturi 2013.
-    """
+    """(OT_eps [...], info) for any cost, differentiable in cost, a and b. Arguments as in `sinkhorn_potentials`."""
     dtype, cost, eps, a, b = _check_cost(cost, eps, a, b, max_iter, tol)
     f, g, info = sinkhorn_potentials(cost, eps, a, b, max_iter=max_iter, tol=tol)
     plan = transport_plan(f, g, cost, eps, a, b)  # [..., n, m]
@@ -114,9 +111,7 @@ def entropic_ot(x, y, eps, a=None, b=None, *, max_iter=1000, tol=1e-4, fast=True
     x [..., n, d] and y [..., m, d] with equal leading dimensions, any floating type; eps > 0 in
     units of C, a number or a tensor [...] that requires no gradient; a, b, max_iter, tol as in
     `sinkhorn_potentials`; fast=False is the textbook's way. Returns (value [...], SinkhornInfo),
-    float64 if x or y is, else float32. At x = y it is not 0: see the divergence. Warns
-    (RuntimeWarning) when not converged. Raises ValueError on empty clouds, bad shapes, weights or
-    eps, and on points that are not finite or whose C / eps overflows.
+    float64 if x or y is, else float32. At x = y it is not 0: see the divergence. Warns and raises so too.
     """
     x, y, eps, a, b = _check_clouds(x, y, eps, a, b, max_iter, tol)
     if fast and not _learns_zeros(a, b):
@@ -139,15 +134,14 @@ def sinkhorn_divergence(x, y, eps, a=None, b=None, *, max_iter=1000, tol=1e-4, f
     xy, *infos = entropic_ot(p, q, eps, a, b, **options)
     xx, info = entropic_ot(p, p, eps, a, a, **options)
     yy, last = entropic_ot(q, q, eps, b, b, **options)
-    return _finite((xy - xx / 2 - yy / 2).to(x.dtype)), _worst([*infos, info, last])
+    return _finite((xy - xx / 2 - yy / 2).to(x.dtype)), _worst([*infos, info, last], eps.shape)
 
 
 def relative_eps(x, y, eps_rel, a=None, b=None):
     """eps = eps_rel * mean(C), [...] float64, detached: the same smoothing at any scale of clouds.
 
     x [..., n, d], y [..., m, d]; the mean weighs C by a b^T (uniform by default). A mean below
-    1e-16 (all points identical) becomes 1e-16: any eps gives 0 there. Raises as entropic_ot.
-    Source: our choice.
+    1e-16 (all points identical) becomes 1e-16: any eps gives 0 there. Our choice; raises as entropic_ot.
     """
     x, y, _, a, b = (t.detach() for t in _check_clouds(x, y, 1.0, a, b))
     middle = (b.to(y)[..., None] * y).sum(-2, keepdim=True)  # [..., 1, d] mean(C) = the two spreads about it
@@ -156,9 +150,8 @@ def relative_eps(x, y, eps_rel, a=None, b=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# The same, faster: what a training step calls. The textbook needs nothing from here.
-#
-# With u = f / eps and v = g / eps, an iteration on a kernel K at reference potentials u0 and v0,
+# The same, faster: what a training step calls. With u = f / eps and v = g / eps, an iteration on a
+# kernel K at reference potentials u0 and v0,
 #
 #     K[i, j] = exp(u0[i] + v0[j] - C[i, j] / eps)
 #     v[j]   <- v0[j] - log sum_i a[i] exp(u[i] - u0[i]) K[i, j]      then u alike
@@ -187,10 +180,8 @@ def _fast(x, y, eps, a, b, max_iter, tol, problems):
         for i, j, factor in problems:
             logits = -half[i][:, :, None] - half[j][:, None, :]  # [B, n, m]
             logits.baddbmm_(points[i], points[j].mT)  # [B, n, m] -C / eps
-            if i == j:
-                u, v, plan, info = _solve_self(logits, weights[i], max_iter, tol)
-            else:
-                u, v, plan, info = _solve(logits, weights[i], weights[j], max_iter, tol)
+            solve = _solve_self if i == j else _solve
+            u, v, plan, info = solve(logits, weights[i], weights[j], max_iter, tol)
             infos.append(info)
             potentials[i] += factor * u
             potentials[j] += factor * v
@@ -202,31 +193,49 @@ def _fast(x, y, eps, a, b, max_iter, tol, problems):
                     gradients[k].addcmul_(share * p.sum(2, keepdim=True), points[k])
                     gradients[k].baddbmm_(p, points[other], alpha=-share)
         f, g = ((eps * u).reshape(w.shape) for u, w in zip(potentials, (a, b)))  # [..., n], [..., m]
-        value = (eps[:, 0] * value).reshape(batch)  # [...]
-        gradients = [gradient.mul_(2 * unit).reshape(z.shape) for gradient, z in zip(gradients, given)]
-    value = ((a * f).sum(-1) + (b * g).sum(-1) + value).to(x.dtype)  # [...]
-    for z, gradient in zip(given, gradients):
-        if z.requires_grad:
-            envelope = (gradient.to(z.dtype) * z).sum((-2, -1))  # [...]
-            value = value + (envelope - envelope.detach())  # [...] adds 0
-    info = _worst(infos)
-    info = info._replace(marginal_error=info.marginal_error.reshape(batch))
-    _finite(value)
+        value = (a * f).sum(-1) + (b * g).sum(-1) + (eps[:, 0] * value).reshape(batch)  # [...]
+        gradients = [g.mul_(2 * unit).reshape(z.shape).to(x.dtype) for g, z in zip(gradients, given)]
+    value = _Envelope.apply(value.to(x.dtype), [*gradients, f, g], x, y, a, b)  # [...]
+    info = _worst(infos, batch)
     _warn_unless_converged(info, eps, tol)
-    return value, info
+    return _finite(value), info
+
+
+class _Envelope(torch.autograd.Function):
+    """A value whose gradients in the inputs are given. Where they are None, differentiating it raises.
+
+    With create_graph the gradients are such values themselves, of all inputs and without gradients.
+    """
+
+    @staticmethod
+    def forward(value, gradients, *inputs):
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.gradients, *leaves = inputs
+        ctx.save_for_backward(*leaves)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.gradients is None:
+            raise RuntimeError("Sinkhorn has first derivatives only: its envelope gradient holds the plan fixed")
+        scaled = [g * grad.to(g.dtype).reshape(grad.shape + (1,) * (g.ndim - grad.ndim)) for g in ctx.gradients]
+        if torch.is_grad_enabled():
+            scaled = [_Envelope.apply(g, None, grad, *ctx.saved_tensors) for g in scaled]
+        return None, None, *scaled
 
 
 def _scaled(given, weights, eps, tol):
     """Both clouds about their common centre over unit = sqrt(eps / 2): C / eps = |p - q|^2 / 2.
 
-    Returns [B, n, d] and [B, m, d]; |p|^2 / 2, [B, n] and [B, m]; unit [B, 1, 1]. A removed point
-    is moved onto the heaviest one, where it cannot make K underflow. In float32 on the CPU where
-    that is enough: it gives P to 1e-7 max(C) / eps, and OT to 1e-7 eps, which is much if eps > C.
+    Returns p and q, |p|^2 / 2 and |q|^2 / 2, unit. A removed point is moved onto the heaviest one, where
+    it cannot make K underflow. In float32 on the CPU where that is enough: it gives P to
+    1e-7 max(C) / eps, and OT to 1e-7 eps, which is much if eps > C.
     """
     unit = (eps / 2).sqrt()[..., None]  # [B, 1, 1]
-    for dtype in (torch.float32, torch.float64):
-        if dtype is torch.float32 and (given[0].dtype is torch.float64 or unit.device.type != "cpu"):
-            continue
+    double = given[0].dtype is torch.float64 or unit.device.type != "cpu"
+    for dtype in (torch.float64,) if double else (torch.float32, torch.float64):
         points = []
         for z, w in zip(given, weights):
             z = z.detach().reshape(len(w), *z.shape[-2:]).to(dtype)  # [B, n, d]
@@ -242,7 +251,7 @@ def _scaled(given, weights, eps, tol):
         if spread >= 0.5 and (16 + largest) * torch.finfo(dtype).eps <= tol:
             break
     _require(largest < torch.finfo(dtype).max / 16, "C / eps must be finite: the points are too far apart for eps")
-    return points, half, unit.to(dtype)
+    return points, half, unit.to(dtype)  # [B, n, d] and [B, m, d], [B, n] and [B, m], [B, 1, 1]
 
 
 def _solve(logits, a, b, max_iter, tol):
@@ -283,8 +292,8 @@ def _kernel(logits, u):
     return u0.double(), v0.double(), kernel.add_(u0[:, :, None]).exp_()  # [B, n], [B, m], [B, n, m]
 
 
-def _solve_self(logits, a, max_iter, tol):
-    """_solve for a cloud with itself: v = u, and K = exp(-C / eps) will do: its diagonal is 1."""
+def _solve_self(logits, a, b, max_iter, tol):
+    """_solve for a cloud with itself: b = a, v = u, and K = exp(-C / eps) will do: its diagonal is 1."""
     kernel = logits.clamp_(max=0).exp_()  # [B, n, n] in the memory of the logits
     kernel.diagonal(dim1=1, dim2=2).fill_(1)
     u = torch.zeros_like(a)  # [B, n]
@@ -314,9 +323,8 @@ def _check_cost(cost, eps, a, b, max_iter=1, tol=1.0):
     """Type of results; then, in float64, cost [..., n, m], eps [...], a [..., n], b [..., m]."""
     _require(torch.is_tensor(cost) and cost.ndim >= 2 and cost.is_floating_point() and cost.numel() > 0,
              "cost must be a non-empty floating point tensor [..., n, m]", cost)
-    _check_stopping(max_iter, tol)
     dtype, cost = torch.promote_types(cost.dtype, torch.float32), cost.double()  # [..., n, m]
-    eps = _check_eps(eps, cost.shape[:-2], cost.device)  # [...]
+    eps = _check_eps(eps, cost.shape[:-2], cost.device, max_iter, tol)  # [...]
     _require((cost.detach() / eps[..., None, None]).isfinite().all(), "cost and C / eps must be finite")
     return dtype, cost, eps, _check_weights("a", a, cost[..., 0]), _check_weights("b", b, cost[..., 0, :])
 
@@ -324,15 +332,13 @@ def _check_cost(cost, eps, a, b, max_iter=1, tol=1.0):
 def _check_clouds(x, y, eps, a, b, max_iter=1, tol=1.0):
     """x and y in their common type, eps [...] and the weights [..., n] and [..., m] in float64."""
     for name, points in (("x", x), ("y", y)):
-        _require(torch.is_tensor(points) and points.ndim > 1 and points.is_floating_point()
-                 and points.numel() > 0,
+        _require(torch.is_tensor(points) and points.ndim > 1 and points.is_floating_point() and points.numel() > 0,
                  f"{name} must be a non-empty floating point tensor [..., points, dimensions]", points)
         _require(torch.stack(points.detach().aminmax()).isfinite().all(), f"{name} must be finite")
     _require(x.shape[:-2] == y.shape[:-2] and x.shape[-1] == y.shape[-1],
              f"x and y must agree in all but the number of points, got {list(x.shape)} and {list(y.shape)}")
-    _check_stopping(max_iter, tol)
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    eps = _check_eps(eps, x.shape[:-2], x.device)  # [...]
+    eps = _check_eps(eps, x.shape[:-2], x.device, max_iter, tol)  # [...]
     a, b = _check_weights("a", a, x[..., 0]), _check_weights("b", b, y[..., 0])  # [..., n], [..., m]
     same = y is x
     x = x.to(dtype)  # [..., n, d]
@@ -352,18 +358,15 @@ def _check_weights(name, weights, like):
     return weights / total  # [..., n]
 
 
-def _check_eps(eps, batch, device):
-    """eps in float64, with the batch shape [...]."""
+def _check_eps(eps, batch, device, max_iter, tol):
+    """eps in float64, with the batch shape [...]; the rule for stopping is checked too."""
+    _require(max_iter >= 1 and tol > 0, f"max_iter must be >= 1 and tol > 0, got {max_iter} and {tol}")
     eps = torch.as_tensor(eps, dtype=torch.float64, device=device)  # [] or [...]
     _require(not eps.requires_grad, "eps carries no gradient here: pass eps.detach()")
     _require(eps.ndim <= len(batch) and all(e in (1, s) for e, s in zip(eps.shape[::-1], batch[::-1])),
              f"eps must be a number or broadcast to the batch shape {list(batch)}", eps)
     _require((eps >= torch.finfo(eps.dtype).tiny).all() and eps.isfinite().all(), "eps must be finite and > 0")
     return eps.expand(batch)
-
-
-def _check_stopping(max_iter, tol):
-    _require(max_iter >= 1 and tol > 0, f"max_iter must be >= 1 and tol > 0, got {max_iter} and {tol}")
 
 
 def _learns_zeros(a, b):
@@ -376,20 +379,17 @@ def _finite(value):
     return value
 
 
-def _worst(infos):
+def _worst(infos, batch):
     iterations, errors, converged = zip(*infos)
-    return SinkhornInfo(max(iterations), torch.stack(errors).amax(0), all(converged))
+    return SinkhornInfo(max(iterations), torch.stack(errors).amax(0).reshape(batch), all(converged))
 
 
 def _warn_unless_converged(info, eps, tol):
     """Warns at the first line outside this file."""
     if not info.converged:
-        level, frame = 2, sys._getframe(1)
-        while frame.f_back and frame.f_code.co_filename == __file__:
-            level, frame = level + 1, frame.f_back
-        warnings.warn(f"Sinkhorn stopped after {info.iterations} iterations at marginal error "
-                      f"{info.marginal_error.max().item():.1e} > tol {tol:.1e} (smallest eps "
-                      f"{eps.min().item():.1e}): raise eps, max_iter or tol", RuntimeWarning, stacklevel=level)
+        error, level = info.marginal_error.max().item(), 1 + sum(f.filename == __file__ for f in inspect.stack(0))
+        text = f"Sinkhorn stopped after {info.iterations} iterations at marginal error {error:.1e} > tol {tol:.1e}"
+        warnings.warn(f"{text} (least eps {eps.min().item():.1e}): raise eps, max_iter or tol", RuntimeWarning, level)
 
 
 def _require(condition, message, got=None):

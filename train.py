@@ -19,6 +19,8 @@ In order: the loop, a batch, the rewards, the losses, evaluation. Pairs have a l
 support/preferences.py. What surrounds both loops is support/run.py.
 """
 
+import support  # isort: skip  # noqa: F401  (before torch: see there)
+
 import math
 import random
 import sys
@@ -29,12 +31,12 @@ import torch
 
 from grpo import format_reward, group_advantages, grpo_loss
 from infonce import symmetric_info_nce
-from metrics import column_information, information, mutual_information
+from metrics import information, mutual_information
 from sinkhorn import relative_eps, sinkhorn_divergence
 from support import memory, parallel, preferences, sampling, tiny
 from support.answers import answer_is_right, cot_mask
-from support.command import outcome, parse
-from support.data import Data, load_data
+from support.command import exit_status, parse
+from support.data import Data, items_of_step, load_data
 from support.errors import check_finite
 from support.files import Principle, Question
 from support.model import add_lora, frozen_copy, load_model
@@ -43,7 +45,7 @@ from support.run import Run, choose_directory, settle
 from support.sampling import uniform_numbers
 from support.scoring import frozen_start, read_completions
 from support.settings import Config
-from support.steps import backward, combine, descend, gather_evaluation, items_of_step, micro_batches
+from support.steps import backward, combine, descend, gather_evaluation, micro_batches
 
 
 def loop(run: Run) -> None:
@@ -52,11 +54,12 @@ def loop(run: Run) -> None:
     for step in run.steps():
         if run.evaluation_due():
             run.record_evaluation(evaluate(model, reference, tokenizer, data, config))
+        step.start_clock()
         tasks = draw(data.questions, data.principles, config, step.number)
-        batch = sample(model, tokenizer, tasks, config.num_generations, config)
+        batch = sample(model, tokenizer, data.template, tasks, config.num_generations, config)
         scores = read_scores(model, batch, config) if config.mi_reward else None  # [Q, G, K, K]
         rewards = reward_completions(batch, config, scores)
-        step.lap("seconds_sampling")
+        step.log_seconds("seconds_sampling")
         targets = make_targets(model, reference, batch, rewards, config)
         update(model, run.optimizer, batch, targets, step, config)
         step.add_batch(batch, rewards, scores)
@@ -68,12 +71,13 @@ def update(model, optimizer, batch, targets, step, config: Config) -> None:
     """One optimiser step for each pass over the completions."""
     for _ in range(config.num_iterations):
         figures = []
-        for part, share in micro_batches(len(batch.tasks), config.rows_at_once // config.rows_per_question):
-            some, its_targets = take(batch, part), take(targets, part)
-            outputs = read(model, some, its_targets.ot_tokens, config, config.mi_generations if config.lambda_mi else 0)
-            loss, terms = losses(outputs, some, its_targets, config)
+        for cut, share in micro_batches(len(batch.tasks), config.rows_at_once // config.rows_per_question):
+            part, fixed = take(batch, cut), take(targets, cut)
+            outputs = read(model, part, fixed.ot_tokens, config, config.mi_generations if config.lambda_mi else 0)
+            loss, terms = losses(outputs, part, fixed, config)
             figures.append(backward(loss, terms, share))
-            step.scores.append(outputs.scores)  # of some completions, for the log
+            if outputs.scores is not None:  # for the log
+                step.scores.append(outputs.scores.detach())
         step.passes.append(descend(model, optimizer, figures, step.learning_rate, config.max_grad_norm))
 
 
@@ -82,7 +86,7 @@ def train(config: Config) -> Path:
     parallel.start()
     directory = choose_directory(config)
     model, tokenizer = load(config)
-    data = load_data(model, tokenizer, config)
+    data = (load_data if config.principles else preferences.load_pairs)(model, tokenizer, config)
     config.gradient_checkpointing, config.micro_batch, line = memory.fit(model, data, config)
     print(line, flush=True)
     # The reference is a frozen copy; with LoRA, the model without its adapters. Pairs keep its log-probabilities.
@@ -91,7 +95,7 @@ def train(config: Config) -> Path:
         model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     run = Run(directory, config, model, reference, tokenizer, optimizer, data)
-    with run.guarded():
+    with run.catching():
         loop(run) if config.principles else preferences.loop(run)
         run.finish()
     return directory
@@ -153,10 +157,10 @@ class Targets:
     reference_states: torch.Tensor | None  # [Q, n, d] by the frozen reference, with --lambda-ot
 
 
-def take(table, part: slice):
-    """Some questions of a Batch or Targets, all of whose fields have the questions first."""
+def take(table, cut: slice):
+    """Some questions of a Batch or of Targets, all of whose fields have the questions first."""
     values = {field.name: getattr(table, field.name) for field in fields(table)}
-    return replace(table, **{name: value[part] for name, value in values.items() if value is not None})
+    return replace(table, **{name: value[cut] for name, value in values.items() if value is not None})
 
 
 def draw(questions: list, principles: list, config: Config, step: int) -> list[Task]:
@@ -171,13 +175,13 @@ def draw(questions: list, principles: list, config: Config, step: int) -> list[T
 
 
 @torch.no_grad()
-def sample(model, tokenizer, tasks: list[Task], num_generations: int, config: Config) -> Batch:
+def sample(model, tokenizer, template, tasks: list[Task], num_generations: int, config: Config) -> Batch:
     """Sample G completions of each question under each principle."""
     num = len(tasks[0].principles)
     pairs = [(task.question.text, principle.text) for task in tasks for principle in task.principles]  # Q·K
-    prompts = config.form.encode(tokenizer, pairs, prompt_limit(model, config.max_completion_length))  # Q·K
+    prompts = template.encode(tokenizer, pairs, prompt_limit(model, config.max_completion_length))  # Q·K
     names, length = [task.key for task in tasks], config.max_completion_length
-    how = config.temperature, config.form.prefill, config.bf16
+    how = config.temperature, template.prefill, config.bf16
     out, texts = sampling.write(model, tokenizer, prompts, names, num_generations, length, *how)
     tokens, mask, truncated, entropy = (
         t.unflatten(0, (len(tasks), num)) for t in (out.tokens, out.mask, out.truncated, out.entropy)
@@ -205,18 +209,14 @@ def read(model, batch: Batch, ot_tokens, config: Config, generations: int = 0) -
 
 @torch.no_grad()
 def make_targets(model, reference, batch: Batch, rewards: "Rewards", config: Config) -> Targets:
-    """What the passes over a batch compare the policy with: one forward pass of the frozen reference."""
+    """What the passes over a batch hold fixed; it takes a forward pass of the frozen reference."""
     ot_tokens, ot_weights = choose_ot_tokens(batch, config)  # [Q, n] both
-    several = config.num_iterations > 1  # after a pass the policy is another than the one that sampled
-    logp, states = read_reference(model, reference, batch, ot_tokens, config) if config.needs_reference else (None, None)
-    return Targets(
-        advantages=rewards.advantages,
-        old_logp=read(model, batch, ot_tokens, config).logp if several else None,
-        ot_tokens=ot_tokens,
-        ot_weights=ot_weights,
-        reference_logp=logp,
-        reference_states=states,
-    )
+    old_logp = reference_logp = reference_states = None
+    if config.num_iterations > 1:  # after the first pass the policy is another one than sampled
+        old_logp = read(model, batch, ot_tokens, config).logp  # [Q, K, G, T]
+    if config.needs_reference:
+        reference_logp, reference_states = read_reference(model, reference, batch, ot_tokens, config)
+    return Targets(rewards.advantages, old_logp, ot_tokens, ot_weights, reference_logp, reference_states)
 
 
 @torch.no_grad()
@@ -366,13 +366,14 @@ def evaluate(model, reference, tokenizer, data: Data, config: Config) -> dict:
     ][parallel.share(len(data.held_out))]
     size = max(1, config.eval_rows // num)
     pieces = [tasks[i : i + size] for i in range(0, len(tasks), size)]
-    return gather_evaluation([evaluate_tasks(model, reference, tokenizer, piece, config) for piece in pieces], num)
+    models = model, reference, tokenizer, data.template
+    return gather_evaluation([evaluate_tasks(*models, piece, config) for piece in pieces], num)
 
 
 @torch.no_grad()
-def evaluate_tasks(model, reference, tokenizer, tasks: list[Task], config: Config):
+def evaluate_tasks(model, reference, tokenizer, template, tasks: list[Task], config: Config):
     """(values [Q] by name, an example) of one completion of each question under each principle."""
-    batch = sample(model, tokenizer, tasks, 1, config)
+    batch = sample(model, tokenizer, template, tasks, 1, config)
     rewards = reward_completions(batch, config)
     ot_tokens, ot_weights = choose_ot_tokens(batch, config)  # [Q, n] both
     outputs = read(model, batch, ot_tokens, config, 1)
@@ -387,7 +388,7 @@ def evaluate_tasks(model, reference, tokenizer, tasks: list[Task], config: Confi
         "closed": torch.tensor(closed).float().mean(1),
         "accuracy": torch.tensor(right).float().reshape(len(known), config.num_principles).mean(1),
         "mi_row": information(scores).mean(1),
-        "mi_column": column_information(scores).mean(1),
+        "mi_column": information(scores, "column").mean(1),
         "sinkhorn": drift(outputs.states, reference_states, ot_weights, config)[0],
         "completion_length": batch.mask.sum(-1).float().mean((1, 2)),
     }, example | {"completion": batch.texts[0][0][0]}
@@ -395,9 +396,8 @@ def evaluate_tasks(model, reference, tokenizer, tasks: list[Task], config: Confi
 
 def main(argv=None) -> int:
     """Train by the command line; returns the exit status, see command.outcome."""
-    return outcome(lambda: train(parse(argv)))
+    return exit_status(lambda: train(parse(argv)))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # an emoji must not end a run on an ASCII terminal
     sys.exit(main())

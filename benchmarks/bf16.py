@@ -16,10 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
+import torch  # noqa: E402
 
 from experiments.smollm2 import default_folder  # noqa: E402
 from support import sampling  # noqa: E402

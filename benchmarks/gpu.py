@@ -41,6 +41,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig  # noqa: E402

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from experiments.common import read_lines  # noqa: E402
 from support import checkpoint  # noqa: E402
-from support.files import sha256  # noqa: E402
+from support.writing import sha256  # noqa: E402
 
 FLAGS = (
     "--num-questions 2 --num-principles 2 --num-generations 2 --max-completion-length 12 --max-steps 6 "
@@ -59,7 +59,7 @@ def seconds_to_the_end(process, run_dir: Path, at_most: float | None = None) -> 
     return time.perf_counter() - begun
 
 
-def outcome(run_dir: Path) -> tuple:
+def result(run_dir: Path) -> tuple:
     """All of a finished run that must not depend on whether it was killed."""
     lines = read_lines(run_dir / "metrics.jsonl")
     steps = [{name: value for name, value in line.items() if "second" not in name} for line in lines]
@@ -80,7 +80,7 @@ def kill_and_resume(run_dir: Path, flags, seconds: float) -> str:
         return "at the very end"
     kept = checkpoint.checkpoints(run_dir)
     for path in kept:
-        checkpoint.read_state(path)  # raises unless every file of it is whole
+        checkpoint.read(path)  # raises unless all of it is as it was written
     hit = "in writing final/" if (run_dir / ".final.tmp").exists() else \
         "in writing a checkpoint" if list(run_dir.glob("checkpoints/.*")) else "elsewhere"
     process = start("--resume", run_dir)
@@ -108,7 +108,7 @@ def main() -> None:
         for number in range(arguments.runs):
             run_dir = Path(directory) / f"run-{number}"
             hits[kill_and_resume(run_dir, flags, rng.uniform(0, seconds))] += 1
-            same += outcome(run_dir) == outcome(never_killed)
+            same += result(run_dir) == result(never_killed)
             shutil.rmtree(run_dir)
             print(f"\r{number + 1} killed and resumed, {same} identical", end="", file=sys.stderr, flush=True)
     print(f"\n{arguments.runs} runs killed, {same} ended identical to the one never stopped; no unreadable file. Hit:")

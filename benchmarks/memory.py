@@ -30,10 +30,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from support.scoring import token_log_probs
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from support.scoring import token_log_probs  # noqa: E402
 
 MIDDLE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
 BILLION = {  # the published configurations of the two

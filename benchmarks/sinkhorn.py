@@ -47,6 +47,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny-model")]
 sys.path.remove(str(Path(__file__).resolve().parent))  # or `import sinkhorn` would find this file
 
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
 import build  # noqa: E402
 import torch  # noqa: E402
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402

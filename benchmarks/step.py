@@ -17,6 +17,7 @@ tables and writes step.json into --output-dir.
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import sys
@@ -27,15 +28,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import train  # noqa: E402
 from support import sampling, tiny  # noqa: E402
-from support.prompts import (
-    build_messages,  # noqa: E402
-    )
-from support.run import Step  # noqa: E402
+from support.data import make_template, questions_of  # noqa: E402
+from support.prompts import build_messages  # noqa: E402
+from support.rows import LeftOut  # noqa: E402
+from support.steps import Step  # noqa: E402
 
 VARIANTS = {
     "GRPO": ["--lambda-mi", "0", "--lambda-ot", "0"],
@@ -62,7 +65,7 @@ def step(model, reference, tokenizer, questions, config, number) -> dict:
     optimizer = torch.optim.AdamW(model.parameters())
     clock = [now()]
     tasks = train.draw(questions, tiny.principles(), config, number)
-    batch = train.sample(model, tokenizer, tasks, config.num_generations, config)
+    batch = train.sample(model, tokenizer, make_template(config), tasks, config.num_generations, config)
     rewards = train.reward_completions(batch, config)
     clock.append(now())
     return finish_step(model, reference, optimizer, batch, rewards, config, clock)
@@ -185,7 +188,7 @@ def main() -> None:
     model, tokenizer = train.load(config)
     reference = copy.deepcopy(model).requires_grad_(False)
     if config.dataset:
-        questions = config.load_questions(512, config.seed)
+        questions = list(itertools.islice(questions_of(config, LeftOut(config.dataset)), 512))
     else:
         questions = tiny.make_questions(512, held_out=False)
 

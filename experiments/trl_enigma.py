@@ -28,31 +28,30 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
 try:
     import trl
 except ImportError as error:
     raise SystemExit(f"error: {error}; `pip install trl==1.16.0` brings what this benchmark needs") from None
 
-import torch
-import transformers
-from datasets import Dataset
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from datasets import Dataset  # noqa: E402
 
 import train  # noqa: E402
 from grpo import format_reward  # noqa: E402
 from infonce import symmetric_info_nce  # noqa: E402
-from metrics import mutual_information, sufficiency  # noqa: E402
+from metrics import mutual_information, share_of_ceiling  # noqa: E402
 from sinkhorn import relative_eps, sinkhorn_divergence  # noqa: E402
-from support import (
-    sampling,  # noqa: E402
-    tiny,  # noqa: E402
-)
+from support import sampling, tiny  # noqa: E402
 from support.answers import cot_mask  # noqa: E402
 from support.errors import InputError  # noqa: E402
 from support.files import load_principles  # noqa: E402
-from support.prompts import build_messages  # noqa: E402
+from support.prompts import PromptTemplate, build_messages  # noqa: E402
 from support.sampling import Completions  # noqa: E402
 
 
@@ -104,7 +103,7 @@ class EnigmaTrainer(trl.GRPOTrainer):
         states = hidden(model).take_along_dim(cloud[..., None], 1)  # [Q, n, d]
         eps = relative_eps(states, ref, 0.1, weights, weights)  # [Q]
         mi, drift = symmetric_info_nce(scores), sinkhorn_divergence(states, ref, eps, weights, weights)[0].mean()
-        si = sufficiency(mutual_information(scores.detach().flatten(0, 1)).row, num)  # []
+        si = share_of_ceiling(mutual_information(scores.detach().flatten(0, 1)).row, num)  # []
         for name, value in {"loss_mi": mi, "loss_ot": drift, "si": si}.items():
             self._metrics["train"][name].append(self.accelerator.gather(value.detach()).mean().item())
         return loss + (self.lambda_mi * mi + self.lambda_ot * drift) / self.current_gradient_accumulation_steps
@@ -160,7 +159,7 @@ def check(trainer, drawn, config) -> None:
     tokens, mask = (t.unflatten(0, (-1, config.num_generations)) for t in (tokens, mask.bool()))  # [Q·K, G, T]
     unused = torch.zeros(mask.shape[:2])  # [Q·K, G]
     sampling.sample = lambda *args: Completions(tokens, mask, unused.bool(), unused)
-    batch = train.sample(model, trainer.processing_class, drawn[0], config.num_generations, config)
+    batch = train.sample(model, trainer.processing_class, PromptTemplate(), drawn[0], config.num_generations, config)
     train.add_rewards(batch, config)
     batch.start = train.read_start(model, trainer.ref_model, batch, config)
     loss, terms = train.losses(train.read(model, batch, config, config.mi_generations), batch, config)

@@ -31,10 +31,12 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
+import torch  # noqa: E402
 
 import train  # noqa: E402
 from experiments.ablation import measure_follows  # noqa: E402
@@ -119,16 +121,16 @@ def exchange(name: str) -> None:
     elif name == "unpaired":
         found = {}
 
-        def sample(model, tokenizer, tasks, num_generations, config):
-            found["tokenizer"] = tokenizer
-            return original_sample(model, tokenizer, tasks, num_generations, config)
+        def sample(model, tokenizer, template, tasks, num_generations, config):
+            found.update(tokenizer=tokenizer, template=template)
+            return original_sample(model, tokenizer, template, tasks, num_generations, config)
 
         def read_start(model, reference, batch, config):
             reading = original_read_start(model, reference, batch, config)
             if "evaluation" in batch.tasks[0].key:  # the drift that is reported stays the paired one
                 return reading
             tasks = [train.Task(task.question, task.principles, f"{task.key} start") for task in batch.tasks]
-            own = original_sample(reference, found["tokenizer"], tasks, config.num_generations, config)
+            own = original_sample(reference, found["tokenizer"], found["template"], tasks, config.num_generations, config)
             if not torch.equal(own.weights, batch.weights):
                 raise SystemExit("unpaired: fewer completion tokens than --ot-tokens")
             reading.states = original_read_start(model, reference, own, config).states  # [Q, n, d]

@@ -10,52 +10,54 @@ import huggingface_hub
 import torch
 import transformers
 
-from support import checkpoint, memory, parallel, tiny
+from support import display, memory, parallel, resume, tiny
 from support.errors import InputError
 from support.model import load_model
 from support.settings import Config, Parser, flag
 
 
-def parse(argv=None) -> Config:
-    """The settings of a command line; with --resume those of the run, with the flags on top."""
-    parser = Parser(Config, Config.__doc__)
-    config = Config(**vars(parser.parse_args(argv)))
-    if config.resume:
+def parse(argv=None, kind: type = Config):
+    """The settings of a command line, a `kind`; with --resume those of the run, with the flags on top."""
+    parser = Parser(kind, kind.__doc__)
+    config = kind(**vars(parser.parse_args(argv)))
+    if getattr(config, "resume", None):
         parser.set_defaults(**dict.fromkeys(vars(config)))  # None, to see which flags are given
         given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-        config = checkpoint.resume_config(Config, given)
+        config = resume.resume_config(kind, given)
     config.check()
     return config
 
 
-def outcome(command) -> int:
-    """Run `command` and return the exit status; unless it is 0, one line on stderr says why.
+def exit_status(command) -> int:
+    """Run `command`; returns the exit status, and unless that is 0 one line on stderr says why.
 
-    2: unusable input; 1: a failed training; 128 + its number: a signal, as shells count.
+    2: unusable input; 1: numbers that are not finite, or no memory; 128 + its number: a signal, as
+    shells count. Any other error is a fault of the program and stays a traceback.
     """
-    warnings.filterwarnings("ignore", "Sinkhorn stopped")  # signs_of_trouble says it once
+    warnings.filterwarnings("ignore", "Sinkhorn stopped")  # the report says it once
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries, where there is no network
-    try:
-        command()
-        parallel.stop()
-        return 0
-    except (InputError, OSError) as error:
-        line, status = str(error), 2
-    except FloatingPointError as error:
-        line, status = f"training has broken down: {error}; a lower --learning-rate may help", 1
-    except torch.OutOfMemoryError:
-        hint = f"--gradient-checkpointing with a low --micro-batch needs the least; else {memory.ADVICE}"
-        line, status = f"the GPU's memory does not suffice; {hint}", 1
-    except RuntimeError as error:
-        if parallel.world() == 1:
-            raise
-        line, status = f"process {parallel.rank()}: {str(error).splitlines()[0]}: another process has ended", 1
-    except KeyboardInterrupt:
-        line, status = "stopped before the training began", 128 + signal.SIGINT
-    print(f"error: {line}", file=sys.stderr)
-    return status
+    with display.optional():
+        try:
+            command()
+            parallel.stop()
+            return 0
+        except (InputError, OSError) as error:
+            line, status = str(error), 2
+        except FloatingPointError as error:
+            line, status = str(error), 1
+        except torch.OutOfMemoryError:
+            hint = f"--gradient-checkpointing with a low --micro-batch needs the least; else {memory.ADVICE}"
+            line, status = f"the GPU's memory does not suffice; {hint}", 1
+        except RuntimeError as error:
+            if not parallel.is_lost_peer(error):
+                raise
+            line, status = f"process {parallel.rank()}: {str(error).splitlines()[0]}: another process has ended", 1
+        except KeyboardInterrupt:
+            line, status = "stopped by Ctrl-C", 128 + signal.SIGINT
+        print(f"error: {line}", file=sys.stderr)
+        return status
 
 
 def check_written_files(config, **endings) -> None:
@@ -77,19 +79,5 @@ def load_named(name_of_flag: str, name: str):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return load_model(tiny.model_path(name), device)
-    except ValueError as error:  # InputError, or an architecture that policy cannot score
+    except ValueError as error:  # InputError, or an architecture that cannot be scored
         raise InputError(f"{name_of_flag}: {str(error).removeprefix('--model: ')}") from None
-
-
-def run_command(kind: type, command, description: str, argv) -> int:
-    """Parse settings and run the command: 0, or 2 after one line on stderr for unusable input."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        config = kind(**vars(Parser(kind, description=description).parse_args(argv)))
-        config.check()
-        command(config)
-    except (InputError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

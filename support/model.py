@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from support.attention import use_attention
 from support.errors import InputError, check_finite
-from support.files import written_whole
 from support.logits import float32_products, head
 from support.prompts import PLAIN_TEMPLATE, context_length, eos_ids
 from support.sampling import sample, uniform_numbers
 from support.scoring import token_log_probs, token_states
+from support.writing import written_whole
 
 CHECK_TOKENS, CHECK_WORK = 2**11, 2**35  # `check_model` reads at most so many tokens, and tokens x parameters
 SWITCHES = r"'\w*(?:window|chunk|block|topk|original_max_position)\w*': (\d+)"  # where attention changes
@@ -113,8 +113,8 @@ def add_lora(model, rank: int, seed: int, bf16: bool = False):
     return peft.get_peft_model(model, settings).eval()
 
 
-def save_model(model, tokenizer, folder, card: str) -> None:
-    """Write folder/final: model, tokenizer, card. LoRA is merged there, and alone in adapter/."""
+def save_model(model, tokenizer, template, folder, card: str) -> None:
+    """Write folder/final: model, tokenizer, prompt.json, card. LoRA is merged there, and alone in adapter/."""
     if hasattr(model, "merge_and_unload"):
         with written_whole(folder / "adapter") as aside:
             model.save_pretrained(aside, save_embedding_layers=False)
@@ -122,6 +122,7 @@ def save_model(model, tokenizer, folder, card: str) -> None:
     with written_whole(folder / "final") as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        template.save(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
 
 

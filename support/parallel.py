@@ -29,6 +29,11 @@ def start() -> None:
             sys.stdout = open(os.devnull, "w")  # process 0 prints for all; each has its own stderr
 
 
+def is_lost_peer(error) -> bool:
+    """Whether an error is that of an exchange with a process that has ended, not one of the program."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -15,77 +15,79 @@ import torch
 
 from grpo import format_reward
 from infopo import dpo_loss, infopo_loss, sequence_logp
-from support import parallel
+from support import parallel, tiny
 from support.answers import answer_is_right
-from support.errors import InputError
-from support.files import answer_of, printable, refuse_near_names, rows_of, short, text_of
-from support.prompts import encode_texts, prompt_limit, refuse_control, render_prompts, turn_end
+from support.data import Data, check_sides, items_of_step, make_template, split
+from support.errors import InputError, TooLong
+from support.files import Preference
+from support.prompts import control_tokens, encode_texts, prompt_limit, refuse, try_render, turn_end
+from support.rows import LeftOut, answer_of, good, refuse_near_names, rows_of, short, text_of
 from support.sampling import write
 from support.scoring import completion_logp
-from support.steps import backward, descend, gather_evaluation, items_of_step, micro_batches
+from support.steps import backward, descend, gather_evaluation, micro_batches
 
 LOSSES = {"infopo": infopo_loss, "dpo": dpo_loss}
+FIELDS = ("prompt", "chosen", "rejected", "answer")
 PAIRS_PER_FORWARD = 32  # without gradient
 
 
-@dataclass(frozen=True)
-class Preference:
-    prompt: str | list  # text as it stands, or chat messages
-    chosen: str  # what the model should write after it
-    rejected: str  # what it should not
-    answer: str | None = None
-    where: str = "a pair"  # file and line, for errors
-
-    @property
-    def text(self):
-        """The prompt as one text."""
-        return self.prompt if isinstance(self.prompt, str) else "\n".join(m["content"] for m in self.prompt)
-
-
-def load_preferences(source):
-    """`Preference`s from a .jsonl, .parquet or .csv file, or from a hub id's train split.
+def load_preferences(source, left_out=None) -> list[Preference]:
+    """`Preference`s, one or more, of a .jsonl, .parquet or .csv file, or of a data set's train split.
 
     TRL's formats: `prompt`, `chosen`, `rejected`, each a string, used as it stands, or each a list
     of {"role", "content"} messages, one of the assistant as the response. Without `prompt` it is
-    the common beginning of the two. `answer` is optional, as for questions; other keys are ignored.
-    Raises InputError for a row it cannot take, or a source it cannot read.
+    the common beginning of the two. `answer` is optional, as for questions; other fields are not
+    read. Rows that cannot be used: see LeftOut.
     """
-    pairs = []
-    for where, row, names in rows_of(source):
-        refuse_near_names(where, row, names, ["chosen", "rejected"], ["prompt", "answer"])
-        pairs.append(_preference(where, row))
-    if not pairs:
-        raise InputError(f"{printable(source)}: has no pair; rows with prompt, chosen and rejected are accepted")
-    return pairs
+    pairs, left_out = [], left_out or LeftOut(source)
+    for where, row, names in rows_of(source, FIELDS):
+        try:
+            refuse_near_names(where, good(row), names, FIELDS)
+            pairs.append(_preference(where, row))
+        except InputError as error:
+            left_out.add(error, not pairs)
+    return pairs if pairs else left_out.tell(0, "pairs")  # raises
 
 
-def encode_preferences(tokenizer, pairs, end, max_length=None):
-    """(prompt, chosen, rejected) token ids of each pair; both responses end with the token `end`.
+def encode_preferences(tokenizer, pairs, end, max_length=None) -> list:
+    """(prompt, chosen, rejected) token ids of each pair, or the InputError that refuses it.
 
-    Messages become a prompt as in `encode_prompts`; strings stay as they are, control tokens too
-    (their author's own chat format), after one BOS if the tokenizer writes one. Prompt and response
-    are tokenised as one text, as in TRL; where a token reaches over the seam, the prompt ends
-    before it. Raises InputError, naming file and line, for what `encode_prompts` refuses, for a
-    control token in a response, and for a pair of more than `max_length` tokens.
+    Both responses end with the token `end`. Messages become a prompt as in `encode_prompts`;
+    strings stay as they are, control tokens too (their author's own chat format), after one BOS if
+    the tokenizer writes one. Prompt and response are tokenised as one text, as in TRL; where a token
+    reaches over the seam, the prompt ends before it. Refused is what `encode_prompts` refuses, a
+    control token in a response, and a pair of more than `max_length` tokens.
     """
-    refuse_control(tokenizer, [(f"{pair.where}: {side} {short(text)}", text) for pair in pairs
-                                for side, text in (("chosen", pair.chosen), ("rejected", pair.rejected))])
+    found = control_tokens(tokenizer, [text for pair in pairs for text in (pair.chosen, pair.rejected)])
     chats = [pair for pair in pairs if not isinstance(pair.prompt, str)]
-    rendered = iter(render_prompts(tokenizer, [pair.prompt for pair in chats], [pair.where for pair in chats]))
+    rendered = iter(try_render(tokenizer, [pair.prompt for pair in chats], [pair.where for pair in chats]))
     prompts = [pair.prompt if isinstance(pair.prompt, str) else next(rendered) for pair in pairs]
-    alone = encode_texts(tokenizer, prompts)
-    chosen = encode_texts(tokenizer, [prompt + pair.chosen for prompt, pair in zip(prompts, pairs)])
-    rejected = encode_texts(tokenizer, [prompt + pair.rejected for prompt, pair in zip(prompts, pairs)])
-    encoded = []
-    for pair, *ids in zip(pairs, alone, chosen, rejected):
-        shared = len(os.path.commonprefix(ids))  # it takes lists too
-        prompt, *responses = ids[0][:shared], *([*joint[shared:], end] for joint in ids[1:])
-        length = shared + max(map(len, responses))
-        if shared < 2 or (max_length is not None and length > max_length):
-            raise InputError(f"{pair.where}: {short(pair.text)} and its longer response have {length} tokens, the "
-                             f"prompt {shared}; a prompt of 2 or more and {max_length} in all are accepted")
-        encoded.append((prompt, *responses))
-    return encoded
+    texts = ["" if isinstance(prompt, InputError) else prompt for prompt in prompts]
+    chosen = [text + pair.chosen for text, pair in zip(texts, pairs)]
+    rejected = [text + pair.rejected for text, pair in zip(texts, pairs)]
+    rows = []
+    encoded = (encode_texts(tokenizer, some) for some in (texts, chosen, rejected))
+    for pair, prompt, *ids in zip(pairs, prompts, *encoded):
+        try:
+            rows.append(_tokens(pair, good(prompt), ids, end, found, max_length))
+        except InputError as error:
+            rows.append(error)
+    return rows
+
+
+def _tokens(pair, prompt, ids, end, found, max_length):
+    """(prompt, chosen, rejected) from the token ids of the prompt alone and with each response."""
+    for side, text in ("chosen", pair.chosen), ("rejected", pair.rejected):
+        refuse(f"{pair.where}: {side} {short(text)}", found.get(text))
+    shared = len(os.path.commonprefix(ids))  # it takes lists too
+    chosen, rejected = ([*joint[shared:], end] for joint in ids[1:])
+    length = shared + max(len(chosen), len(rejected))
+    if shared < 2:
+        raise InputError(f"{pair.where}: the prompt {short(pair.text)} has {shared} tokens; 2 or more are accepted")
+    if max_length is not None and length > max_length:
+        raise TooLong(f"{pair.where}: {short(pair.text)} and its longer response have {length} tokens; at most "
+                      f"{max_length} are accepted")
+    return ids[0][:shared], chosen, rejected
 
 
 def _preference(where, row):
@@ -141,17 +143,17 @@ class Pairs:
     def __len__(self):
         return len(self.prompts)
 
-    def __getitem__(self, cut: slice) -> "Pairs":
-        mask = self.mask[cut]  # [p, 2, T]
-        width = int(mask.sum(-1).max())  # less padding than the longest pair of all would ask for
-        ref = None if self.ref_logp is None else self.ref_logp[cut]  # [p, 2]
-        return Pairs(self.prompts[cut], self.tokens[cut, :, :width], mask[..., :width], self.answers[cut], ref)
+    def __getitem__(self, part: slice) -> "Pairs":
+        return self.take(range(len(self))[part])
 
-    def take(self, chosen: list[int]) -> "Pairs":
+    def take(self, chosen) -> "Pairs":
         """The pairs at these places, in this order."""
+        chosen = list(chosen)
+        mask = self.mask[chosen]  # [p, 2, T]
+        width = int(mask.sum(-1).max())  # less padding than the longest pair of all would ask for
         prompts, answers = ([values[n] for n in chosen] for values in (self.prompts, self.answers))
         ref = None if self.ref_logp is None else self.ref_logp[chosen]  # [p, 2]
-        return Pairs(prompts, self.tokens[chosen], self.mask[chosen], answers, ref)
+        return Pairs(prompts, self.tokens[chosen, :, :width], mask[..., :width], answers, ref)
 
 
 def add_reference(model, pairs: Pairs, temperature, **how) -> Pairs:
@@ -159,15 +161,42 @@ def add_reference(model, pairs: Pairs, temperature, **how) -> Pairs:
     return replace(pairs, ref_logp=all_logp(model, pairs, temperature, **how))  # [P, 2]
 
 
-def encode_pairs(model, tokenizer, preferences) -> Pairs:
-    """`preferences.Preference`s as tokens. Raises InputError for a pair beyond the model's context."""
-    rows = encode_preferences(tokenizer, preferences, turn_end(model, tokenizer), prompt_limit(model, 0))
-    width = max(max(len(chosen), len(rejected)) for _, chosen, rejected in rows)
+def encode_pairs(model, tokenizer, preferences, left_out=None) -> Pairs:
+    """`Preference`s as tokens. Without `left_out`, InputError for one beyond the model's context."""
+    encoded = encode_preferences(tokenizer, preferences, turn_end(model, tokenizer), prompt_limit(model, 0))
+    kept, none_taken = [], all(isinstance(row, InputError) for row in encoded)
+    for pair, row in zip(preferences, encoded):
+        if isinstance(row, InputError) and left_out:
+            left_out.add(row, none_taken)
+        else:
+            kept.append((pair, good(row)))
+    width = max((len(ids) for _, row in kept for ids in row[1:]), default=0)
     pad = [tokenizer.pad_token_id] * width
-    tokens = torch.tensor([[(ids + pad)[:width] for ids in row[1:]] for row in rows], device=model.device)  # [P, 2, T]
-    lengths = torch.tensor([[len(ids) for ids in row[1:]] for row in rows], device=model.device)  # [P, 2]
+    padded = [[(ids + pad)[:width] for ids in row[1:]] for _, row in kept]
+    tokens = torch.tensor(padded, device=model.device)  # [P, 2, T]
+    lengths = torch.tensor([[len(ids) for ids in row[1:]] for _, row in kept], device=model.device)  # [P, 2]
     mask = torch.arange(width, device=model.device) < lengths[..., None]  # [P, 2, T]
-    return Pairs([row[0] for row in rows], tokens, mask, [p.answer for p in preferences])
+    return Pairs([row[0] for _, row in kept], tokens, mask, [pair.answer for pair, _ in kept])
+
+
+def load_pairs(model, tokenizer, config) -> Data:
+    """The pairs of --preferences, split and encoded, with the reference's log-probabilities."""
+    left_out, needed = LeftOut(config.preferences), config.max_steps * config.num_pairs
+    if config.preferences == "tiny":
+        train = tiny.make_pairs(min(needed, 8192), False, config.seed)
+        held_out = tiny.make_pairs(config.eval_questions, True)
+        total = len(train) + len(held_out)
+    else:
+        pairs = load_preferences(config.preferences, left_out)
+        total = left_out.count + len(pairs)
+        train, held_out = split(pairs, config.eval_questions)
+        if needed < len(train):  # the reference reads each pair before the first step
+            train = [train[n] for n in items_of_step(len(train), 0, needed, config.seed)]
+    sides = [encode_pairs(model, tokenizer, pairs, left_out) for pairs in (train, held_out)]
+    left_out.tell(total - left_out.count, "pairs")
+    check_sides(*sides, config.eval_questions, "pairs")
+    sides = [add_reference(model, pairs, config.temperature, **config.how_read) for pairs in sides]
+    return Data(make_template(config), pairs=sides[0], held_out_pairs=sides[1])
 
 
 def loop(run) -> None:
@@ -176,6 +205,7 @@ def loop(run) -> None:
     for step in run.steps():
         if run.evaluation_due():
             run.record_evaluation(evaluate_pairs(model, tokenizer, data.held_out_pairs, config))
+        step.start_clock()
         places = items_of_step(len(data.pairs), step.number, config.num_pairs, config.seed)
         update(model, run.optimizer, data.pairs.take(places[parallel.share(len(places))]), step, config)
         run.end_step(step)

@@ -1,13 +1,29 @@
-"""From a question and a principle to the tokens of a prompt."""
+"""From a question and a principle to the tokens of a prompt, through the model's chat template.
+
+The user's turn is
+
+    {question}
+
+    Principle: {principle}
+    Write <reasoning>…</reasoning><answer>…</answer>.
+
+Worked examples go before it as earlier turns, and the answer may be begun (PromptTemplate). Control
+tokens are refused in every text that comes from outside: they would forge a turn.
+"""
 
 import contextlib
 import datetime
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
-from support.errors import InputError
-from support.files import short
+from transformers.utils import cached_file
+
+from support.errors import InputError, TooLong
+from support.files import Example, example_of
+from support.rows import good, short
+from support.writing import write_json
 
 # What a configuration calls the length of its context; where there are several, the first counts.
 CONTEXT_NAMES = (
@@ -19,7 +35,8 @@ PLAIN_TEMPLATE = (  # for a base model: "User: 2 + 3?\n\nAssistant:"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-SEAM = 8  # tokens by which a prompt may be longer or shorter than its parts; see check_lengths
+SEAM = 8  # tokens by which a prompt may be longer than its parts add up to; see data.Fitting
+PROMPT_FILE = "prompt.json"  # in a model's folder: the template that it was trained with
 FORMAT_INSTRUCTION = "Write <reasoning>…</reasoning><answer>…</answer>."
 TURN = "<reasoning>{reasoning}</reasoning><answer>{answer}</answer>"  # in an example
 
@@ -62,20 +79,61 @@ def eos_ids(model, tokenizer) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Form:
+class PromptTemplate:
     """How a question and a principle become a prompt, everywhere in a run.
 
     The prefill, such as "<reasoning>", is part of the prompt. Rewards, samples and evaluation count
     it as written by the completion (answers.decode puts it first); scores leave it out.
     """
 
-    examples: tuple = ()  # of Example: earlier turns
+    examples: tuple[Example, ...] = ()  # earlier turns
     prefill: str = ""
+    source: str = field(default="", compare=False)  # where it comes from, for `describe`
 
     def encode(self, tokenizer, pairs, max_length=None):
-        """Token ids of each (question, principle), two texts. Raises as encode_prompts."""
-        conversations = [build_messages(*pair, self.examples) for pair in pairs]
-        return encode_prompts(tokenizer, conversations, max_length, self.prefill)
+        """Token ids of each (question, principle), two texts. Raises as `encode_prompts`."""
+        return encode_prompts(tokenizer, self.messages(pairs), max_length, self.prefill)
+
+    def messages(self, pairs):
+        """Each (question, principle) as chat messages."""
+        return [build_messages(*pair, self.examples) for pair in pairs]
+
+    def describe(self) -> str:
+        """The line that every command prints: what precedes a question, and what begins its answer."""
+        count = len(self.examples)
+        examples = f"{count or 'no'} worked example{'s' * (count != 1)} before each question"
+        begun = f"the answer begun with {self.prefill}" if self.prefill else "no prefill"
+        return f"prompt: {examples}, {begun}" + (f" ({self.source})" if self.source else "")
+
+    def save(self, folder) -> None:
+        """Write prompt.json into a model's folder, whose default it then is; see `of_folder`."""
+        examples = [asdict(example) for example in self.examples]
+        write_json(Path(folder) / PROMPT_FILE, {"examples": examples, "prefill": self.prefill})
+
+    @classmethod
+    def of_folder(cls, name: str) -> "PromptTemplate | None":
+        """The template in a model's folder or hub repository; None where it has no prompt.json."""
+        try:
+            path = cached_file(
+                name, PROMPT_FILE, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        except (OSError, ValueError):  # no such model: loading it says so better
+            path = None
+        if path is None:
+            return None
+        where = f"{name}/{PROMPT_FILE}"
+        try:
+            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+            examples, prefill = tuple(example_of(where, row) for row in stored["examples"]), stored["prefill"]
+            if not isinstance(prefill, str):
+                raise TypeError("prefill is no text")
+        except InputError:
+            raise
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{where}: {type(error).__name__}: {error}; the file that a training writes is "
+                             "accepted") from None
+        return cls(examples, prefill, f"as {where} says")
 
 
 def build_messages(question_text, principle_text, examples=()):
@@ -99,39 +157,20 @@ def encode_prompts(tokenizer, conversations, max_length=None, prefill=""):
     would forge a turn. (No escape suits every tokenizer.) Tags of the format are text: rewards and
     scores read completions only.
     """
-    places = [_place(conversation) for conversation in conversations]
+    return [good(prompt) for prompt in try_prompts(tokenizer, conversations, max_length, prefill)]
+
+
+def try_prompts(tokenizer, conversations, max_length=None, prefill="") -> list:
+    """As `encode_prompts`, with the InputError in place of a prompt that is refused."""
     refuse_control(tokenizer, [("--prefill", prefill)])
-    prompts = encode_texts(tokenizer, [text + prefill for text in render_prompts(tokenizer, conversations, places)])
-    for where, ids in zip(places, prompts):
-        if max_length is not None and len(ids) > max_length:
-            raise InputError(f"{where}: the prompt has {len(ids)} tokens; at most {max_length} are accepted")
+    places = [_place(conversation) for conversation in conversations]
+    texts = try_render(tokenizer, conversations, places)
+    encoded = iter(encode_texts(tokenizer, [text + prefill for text in texts if isinstance(text, str)]))
+    prompts = [next(encoded) if isinstance(text, str) else text for text in texts]
+    for n, ids in enumerate(prompts):
+        if isinstance(ids, list) and max_length is not None and len(ids) > max_length:
+            prompts[n] = TooLong(f"{places[n]}: the prompt has {len(ids)} tokens; at most {max_length} are accepted")
     return prompts
-
-
-def check_lengths(tokenizer, questions, principles, max_length, form=Form()):
-    """The two longest prompts, as tokens, of Q questions under K principles, all texts.
-
-    Raises InputError for what `encode_prompts` refuses, before the first step. All questions are
-    encoded under the first principle, and the longest of these under all principles; for the rest
-
-        length(q, p) = length(q, first p) + length(longest q, p) - length(longest q, first p)
-
-    may be off by a token or two where no fixed boundary of tokens lies between the two texts (as in
-    SentencePiece): each pair that comes within SEAM tokens of the limit is encoded too.
-    """
-    def lengths(pairs):
-        blocks = [pairs[start : start + 512] for start in range(0, len(pairs), 512)]
-        return [len(ids) for block in blocks for ids in form.encode(tokenizer, block, max_length)]
-
-    of_questions = lengths([(question, principles[0]) for question in questions])  # [Q]
-    most = max(of_questions)
-    longest = questions[of_questions.index(most)]
-    of_principles = lengths([(longest, principle) for principle in principles])  # [K]
-    near = [(question, principle) for question, a in zip(questions, of_questions)
-            for principle, b in zip(principles, of_principles) if a + b - most > max_length - SEAM]
-    hard = [(longest, principle) for principle in principles] + near
-    hard = sorted(zip(of_principles + lengths(near), hard))[-2:]
-    return form.encode(tokenizer, [pair for _, pair in hard], max_length)
 
 
 def encode_texts(tokenizer, texts):
@@ -150,20 +189,6 @@ def encode_texts(tokenizer, texts):
             ids = [bos, *ids]
         encoded.append(ids)
     return encoded
-
-
-def encode_after(tokenizer, context, text):
-    """Token ids of `text` where it follows the text `context`: what tokenising both together adds.
-
-    (Alone, SentencePiece would begin `text` with a space.) Where one token spans the seam, as
-    GPT-2's "><", the model has read the context already, and `text` is as after a line break or
-    full stop.
-    """
-    for before in (context, "\n", "."):
-        alone, joint = _encode(tokenizer, [before, before + text])
-        if joint[: len(alone)] == alone:
-            return joint[len(alone) :]
-    return _encode(tokenizer, [text])[0]
 
 
 def render(tokenizer, conversation, where, **options):
@@ -211,7 +236,7 @@ def set_date(tokenizer, date=None):
     return tokenizer.run_date
 
 
-def prompt_fingerprint(tokenizer, generation_config=None, form=Form()):
+def prompt_fingerprint(tokenizer, generation_config=None, template=PromptTemplate()):
     """A sha256 of what shapes a prompt and ends a completion; a resumed run must find the same.
 
     Chat template, tokenizer (vocabulary, added tokens, normaliser), special and end tokens, and the
@@ -223,7 +248,7 @@ def prompt_fingerprint(tokenizer, generation_config=None, form=Form()):
     }
     for last_call in "truncation", "padding":  # of the last call, not of the tokenizer
         state.pop(last_call, None)
-    prompt = form.encode(tokenizer, [("2 + 3?", "Be brief.")])[0]
+    prompt = template.encode(tokenizer, [("2 + 3?", "Be brief.")])[0]
     end = getattr(generation_config, "eos_token_id", None)
     parts = [tokenizer.chat_template, state, tokenizer.special_tokens_map, prompt, end]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -240,12 +265,21 @@ def _date_macro(date):
     return macro + "\n"  # jinja's trim_blocks takes it away
 
 
-def render_prompts(tokenizer, conversations, places):
-    """The texts of prompts, up to the model's turn, without a control token in any message."""
-    placed = list(zip(places, conversations))
-    refuse_control(tokenizer, [(where if turn is turns[-1] else f"{where}, an earlier turn", turn["content"])
-                                for where, turns in placed for turn in turns])
-    return [render(tokenizer, turns, where, add_generation_prompt=True) for where, turns in placed]
+def try_render(tokenizer, conversations, places) -> list:
+    """The text of each conversation up to the model's turn, or the InputError that refuses it.
+
+    Refused are what `render` refuses, and a control token in any message.
+    """
+    found = control_tokens(tokenizer, [turn["content"] for turns in conversations for turn in turns])
+    texts = []
+    for where, turns in zip(places, conversations):
+        try:
+            for turn in turns:
+                refuse(where if turn is turns[-1] else f"{where}, an earlier turn", found.get(turn["content"]))
+            texts.append(render(tokenizer, turns, where, add_generation_prompt=True))
+        except InputError as error:
+            texts.append(error)
+    return texts
 
 
 def _place(conversation):
@@ -259,20 +293,29 @@ def _encode(tokenizer, texts):
     return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
 
-def refuse_control(tokenizer, texts):
-    """Raises InputError for the first of (where, text) that holds a control token."""
+def control_tokens(tokenizer, texts) -> dict[str, str]:
+    """A control token of each text that has one."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     harmless = {tokenizer.unk_token_id, *_encode(tokenizer, [FORMAT_INSTRUCTION])[0]}
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}  # GPT-2's unknown token is one
     special = special - harmless | ends
-    places = {}
-    for where, text in texts:  # an example is in every prompt: once is enough
-        places.setdefault(text, where)
-    for where, ids in zip(places.values(), _encode(tokenizer, places)):
-        if found := special.intersection(ids):
-            token = min(tokenizer.convert_ids_to_tokens(list(found)))
-            raise InputError(f"{where}: contains {token!r}, a control token of the tokenizer; "
-                             "text without control tokens is accepted")
+    texts = list(dict.fromkeys(texts))  # an example is in every prompt: once is enough
+    found = {text: special.intersection(ids) for text, ids in zip(texts, _encode(tokenizer, texts))}
+    return {text: min(tokenizer.convert_ids_to_tokens(list(ids))) for text, ids in found.items() if ids}
+
+
+def refuse_control(tokenizer, texts) -> None:
+    """Raises InputError for the first of (where, text) that holds a control token."""
+    found = control_tokens(tokenizer, [text for _, text in texts])
+    for where, text in texts:
+        refuse(where, found.get(text))
+
+
+def refuse(where, token: str | None) -> None:
+    """Raises InputError where a control token was found."""
+    if token:
+        raise InputError(f"{where}: contains {token!r}, a control token of the tokenizer; text without control tokens "
+                         "is accepted")
 
 
 def turn_end(model, tokenizer) -> int:

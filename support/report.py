@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from support.data import example_prompt
-from support.files import write_aside
+from support.writing import write_aside
 
 PATIENCE = 5  # steps in a row that show a sign of trouble before it is a warning
 NO_FORMAT = (
@@ -69,15 +69,14 @@ def before_and_after(evals) -> list:
 def model_card(run) -> str:
     """README.md of final/: how to prompt the model as in training, and what training changed."""
     config, evals = run.config, run.state["evals"]
-    base = "the embedded model" if config.model == "tiny" else config.model
-    is_hub_id = config.model != "tiny" and not Path(config.model).exists()
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [enigma, grpo, alignment]"]
-    lines = [*head, *([f"base_model: {config.model}"] if is_hub_id else []), "---", "", f"# {run.directory.name}", ""]
-    lines += [f"{base}, trained with ENIGMA for {config.max_steps} steps, seed {config.seed}.", ""]
+    base = "The embedded model" if config.model == "tiny" else config.model
+    method = "with ENIGMA" if run.data.principles else "on preference pairs"
+    lines = [f"# {run.directory.name}", ""]
+    lines += [f"{base}, trained {method} for {config.max_steps} steps, seed {config.seed}.", ""]
     if run.data.principles:
         lines += ["## Principles", "", *(f"- {principle.text}" for principle in run.data.principles), ""]
-        lines += ["## Prompt", "", "One exactly as the model was trained on it, up to where its answer begins:", ""]
-        lines += ["````text", example_prompt(run.tokenizer, run.data, config), "````", ""]
+        lines += ["## Prompt", "", "Exactly as the model was trained on it, up to where its answer begins:", ""]
+        lines += ["````text", example_prompt(run.tokenizer, run.data), "````", ""]
         lines += [f"Sampled at temperature {config.temperature}, without top-k or top-p.", ""]
     lines += [f"## Before and after, on {evals['start']['questions']} held-out questions", ""]
     lines += ["| | start | end |", "|---|---|---|"]
@@ -99,8 +98,11 @@ def report(run_dir, evals) -> None:
           f"completions {run_dir}/samples.jsonl")
 
 
-def signs_of_trouble(terms: dict, streaks: Counter, config) -> list[str]:
-    """Warnings, each once, for what lasts PATIENCE steps; `streaks` counts the steps."""
+def warnings_for(terms: dict, streaks: Counter, config) -> list[str]:
+    """The warnings that are due: of each sign of trouble one, once it has shown for PATIENCE steps in a row.
+
+    `streaks` counts these steps, from one call to the next.
+    """
     reward, truncated = terms.get("format", terms.get("reward", 0.0)), terms.get("truncated", 0.0)
     no_spread = terms.get("zero_variance_groups", 0.0) >= 0.9
     signs = {
@@ -165,9 +167,9 @@ def print_si(summary: dict, config) -> None:
     )
     print("\n".join(text for holds, text in notes(summary, config) if holds))
     if "negatives" in summary:
-        print("\nagainst its own opposite, SI of the two (its chains of thought alone are asked: no bound on MI)")
+        print("\nSI of each principle and its opposite, from chains of thought of the principle alone: no bound on MI")
         for row in summary["negatives"]:
-            print(f"{row['id'][:8]:9}{cell(row['si_opposite']):22}told apart {row['retrieval']:.2f}  {row['negative']}")
+            print(f"{row['id'][:8]:9}{cell(row['si_opposite']):22}top-1 {row['retrieval']:.2f}  {row['negative']}")
     if "selection" in summary:
         best, size = summary["selection"], len(summary["selection"]["ids"])
         print(
@@ -181,53 +183,50 @@ def print_table(summary: dict) -> None:
     """A line for each principle, best first, one for the set, one of what could be at most."""
     answered = "accuracy" in summary["set"]
     width = min(36, max(len(row["text"]) for row in summary["principles"]))
-    head = f"\n{'principle':{width + 9}}{'SI [95%]':>19}  {'reach':>5}{'row MI*':>8}{'column*':>9}{'top-1':>7}"
+    head = f"\n{'principle':{width + 9}}{'SI [95%]':>19}  {'row MI*':>8}{'column*':>9}{'top-1':>7}"
     head += f"  {'mistaken for':16}{'format':>7}{'length':>8}"
-    print(head + (f"{'accuracy':>10}{'gain**':>8}" if answered else ""))
+    print(head + (f"{'accuracy':>10}" if answered else ""))
     for row in [*summary["principles"], {"id": "the set", "text": "", **summary["set"]}]:
         text = row["text"] if len(row["text"]) <= width else row["text"][: width - 1] + "…"
         other = f"{row['mistaken_for'][:9]} ({row['mistaken_share']:.2f})" if "mistaken_for" in row else ""
         line = f"{row['id'][:8]:9}{text:{width}}{cell(row['si']):>19}{' ~' if row.get('overlaps_next') else '  '}"
-        line += f"{row['reach']:5.2f}{row['mi_row']:8.2f}{row['mi_column']:9.2f}{row['retrieval']:7.2f}  {other:16}"
+        line += f"{row['mi_row']:8.2f}{row['mi_column']:9.2f}{row['retrieval']:7.2f}  {other:16}"
         line += f"{row['format']:7.2f}{row['cot_length']:8.1f}"
-        print(line + (f"{row['accuracy']:10.2f}{row['answer_gain']['mean']:+8.2f}" if answered else ""))
-    bounds = f"{1:19.2f}  {1:5.2f}{summary['ceiling']:8.2f}{'':9}{summary['chance']:7.2f}"
+        print(line + (f"{row['accuracy']:10.2f}" if answered else ""))
+    bounds = f"{1:19.2f}  {summary['ceiling']:8.2f}{'':9}{summary['chance']:7.2f}"
     print(f"{'at most log K; by chance':{width + 9}}{bounds}")
 
 
 def notes(summary: dict, config) -> list[tuple[bool, str]]:
     """(whether it holds, the line): what a reader of the table has to know."""
-    together, num, pool = summary["set"], summary["candidates"], len(summary["ids"])
+    together, num, pool = summary["set"], summary["per_question"], len(summary["ids"])
     return [
         (together["closed"] < FEW_CLOSED,
          "warning: few chains of thought close, so SI is about whole completions, answers included, and\n"
          "  says little of the reasoning: the model does not write the format that training rewards"),
-        (num < pool, f"each chain of thought is scored against {num - 1} sampled principles of {pool}: MI is a lower\n"
-                     f"  bound, at most log {num}"),
+        (num < pool, f"each question has drawn {num} of the {pool} principles, so K is {num}: MI is at most log {num}\n"
+                     "  and a lower bound of that of the whole pool"),
         (any(row.get("overlaps_next") for row in summary["principles"]),
          "~ not distinguishable from the next line: the intervals overlap; more --num-questions narrow them"),
         (together["si"]["mean"] >= NEAR_CEILING,
-         f"near the ceiling: {num} candidates are too few to tell more; add principles"),
+         f"near the ceiling: with {num} principles the measure cannot show more; add principles"),
         (summary["truncated"] > 0.05, f"{summary['truncated']:.0%} of completions were cut at "
                                       f"{config.max_completion_length} tokens: raise --max-completion-length"),
-        (True, "reach: the share that the most telling tenth of the texts carries. Training can make rare texts\n"
-               "  frequent; where reach is low as well, principles say the same, or nothing"),
         (True, "* log K - InfoNCE, nats, as in training. SI estimates the same share of log K from the posteriors of\n"
                "  all chains of thought, which is less noisy. The column is no bound: it may exceed the row"),
-        ("accuracy" in together,
-         "** nats that the principle's own chain of thought adds to the right answer, over others'"),
     ]
 
 
-def _heat_map(plt, summary):
-    """Who is mistaken for whom, as a figure."""
+def heat_map(plt, summary):
+    """Who is mistaken for whom, as a figure; pairs that no question has drawn together stay empty."""
     ids, values = summary["ids"], summary["confusion"]
     size = 2 + 0.45 * len(ids)
     figure, axis = plt.subplots(figsize=(size + 1, size), layout="constrained")
     image = axis.imshow(values, vmin=0, vmax=1, cmap="Blues")
     for (i, row), j in itertools.product(enumerate(values), range(len(ids))):
         color = "white" if row[j] > 0.5 else "black"
-        axis.text(j, i, f"{row[j]:.2f}".lstrip("0"), ha="center", va="center", fontsize=7, color=color)
+        text = "" if math.isnan(row[j]) else f"{row[j]:.2f}".lstrip("0")
+        axis.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
     axis.set_xticks(range(len(ids)), ids, rotation=60, ha="right")
     axis.set_yticks(range(len(ids)), ids)
     axis.set(xlabel="is taken for", ylabel="was written under")
@@ -265,7 +264,8 @@ def print_geometry(summary: dict, config) -> None:
           f"{summary['principles']} principles, compared at {summary['tokens']} of their tokens, seed {config.seed}")
 
 
-def _layer_plot(plt, summary):
+def layer_plot(plt, summary):
+    """The figures of each layer, as a figure."""
     panels = (
         ("drift", ("sinkhorn",)), ("Bures-Wasserstein, mean shift", ("bures_wasserstein", "mean_shift")),
         ("linear CKA", ("linear_cka",)), ("effective rank", ("rank_before", "rank_after")),

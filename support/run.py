@@ -1,4 +1,4 @@
-"""What surrounds the loop of train.py: a run's directory, data, logs, signals, failures and report.
+"""A run on the disk and on the terminal: its directory, logs, evaluations, signals, faults.
 
     config.json, principles.jsonl    the settings and principles of the run
     prompt.txt                       one prompt, as the model reads it
@@ -6,12 +6,14 @@
     eval.json                        the evaluations: at the start, on the way, at the end
     checkpoints/                     see checkpoint.py
     final/, curves.png               the trained model; the plot of metrics.jsonl and eval.json
-    failure/                         the batch that led to a number that is not finite
+
+A signal is served soon. Between two steps the run is whole, so while a step samples or an evaluation
+runs the work at hand is dropped, and what the last step left is saved: a step is a function of the
+seed, and --resume takes it again. Once the optimiser has changed a weight, the step is finished first.
 """
 
 import contextlib
 import datetime
-import json
 import math
 import os
 import platform
@@ -19,8 +21,9 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,43 +31,25 @@ import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from metrics import information, sufficiency
-from support import checkpoint, parallel
+from metrics import share_of_ceiling
+from support import checkpoint, parallel, resume
 from support.data import Data, example_prompt
 from support.errors import InputError, NotFinite
-from support.files import append_json, save_principles, write_json, written_whole
+from support.files import save_principles
 from support.model import has_bf16, save_model
 from support.prompts import set_date
-from support.report import NO_FORMAT, draw_run, model_card, report, signs_of_trouble, write_plot
+from support.report import NO_FORMAT, draw_run, model_card, report, warnings_for, write_plot
 from support.settings import DEFAULT_BETA, flag
-from support.steps import COUNTS, combine, learning_rates
+from support.steps import COUNTS, Step, combine, learning_rates
+from support.writing import append_json, write_json
 
 SMALL_MODEL = 10_000_000  # parameters; below it a model learns at a higher rate, and bfloat16 on a CPU saves nothing
+STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # Ctrl-C; containers; schedulers of clusters
+ONE_REQUEST = 1.0  # seconds; what comes within them of the first signal is the same request, sent to a group as well
 
 
-@dataclass
-class Step:
-    """What a step has so far; the log is written from it."""
-
-    number: int = 0
-    learning_rate: float = 0.0
-    passes: list = field(default_factory=list)  # of each step of the optimiser: its figures, see steps.combine
-    scores: list = field(default_factory=list)  # of each micro-batch: [q, N, K, K], or None
-    figures: dict = field(default_factory=dict)  # what else is logged, by name
-    samples: list = field(default_factory=list)  # rows of samples.jsonl
-    clock: float = field(default_factory=time.perf_counter)
-
-    def lap(self, name: str) -> None:
-        """Log the seconds since the last lap under `name`."""
-        now = time.perf_counter()
-        self.figures[name], self.clock = now - self.clock, now
-
-    def add_batch(self, batch, rewards, scores=None) -> None:
-        """Log what train.Batch and train.Rewards hold; scores: [Q, G, K, K] of --mi-reward."""
-        figures = batch_figures(batch, rewards, scores)
-        self.figures |= combine(parallel.gather(figures))
-        shown = [scores, *self.scores][scores is None]
-        self.samples = sample_rows(batch, rewards, shown)
+class Stopped(BaseException):
+    """The signal of this number asks the run to stop. It is no Exception, so nothing takes it for an error."""
 
 
 class Run:
@@ -75,28 +60,38 @@ class Run:
         self.directory, self.config, self.writer = directory, config, parallel.rank() == 0
         self.model, self.reference, self.tokenizer = model, reference, tokenizer
         self.optimizer, self.data, self.rates = optimizer, data, learning_rates(config)
-        self.state = checkpoint.start_state(config, model, tokenizer)
-        self.step, self.signals, self.streaks, self.bar = Step(), [], Counter(), None
+        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.state = resume.start_state(config, model, tokenizer, data)
+        self.step, self.streaks, self.bar = Step(), Counter(), None
+        self.signal, self.signal_time, self.between_steps, self.saved = 0, 0.0, True, None
+        optimizer.register_step_pre_hook(lambda *_: self._leave_the_last_step())
         if config.resume:
-            checkpoint.resume(directory, config, model, optimizer, self.state)
+            resume.go_on(directory, config, self.weights, optimizer, self.state)
         elif self.writer:
-            write_start(directory, config, data, model.device)
+            write_config(directory, config, data, model.device)
             if data.principles:
-                (directory / "prompt.txt").write_text(example_prompt(tokenizer, data, config), encoding="utf-8")
+                (directory / "prompt.txt").write_text(example_prompt(tokenizer, data), encoding="utf-8")
 
     @contextlib.contextmanager
-    def guarded(self):
-        """Inside, a signal ends the run after its step, and NotFinite leaves failure/ behind.
+    def catching(self):
+        """Inside, a signal saves and ends the run, and an error says where it was and how to go on.
 
-        Raises InputError, with how to go on, where the disk refuses a file.
+        Raises SystemExit after a signal, NotFinite with the number of the step, and InputError where
+        the disk refuses a file.
         """
-        with stop_signals() as self.signals:
+        with catch_signals(self._take_signal), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sinkhorn stopped")  # warnings_for says it once
             try:
-                yield
-            except NotFinite as error:
-                raise NotFinite(f"{error}; {keep_failure(self, error)}") from None
+                try:
+                    yield
+                except Stopped as stopped:
+                    self._stop(*stopped.args)
+            except FloatingPointError as error:
+                raise NotFinite(f"training has broken down at step {self.step.number + 1}: {error}; a step is a "
+                                "function of the seed, so the same command leads here again; a lower --learning-rate "
+                                "may help") from None
             except (OSError, SafetensorError) as error:
-                how = checkpoint.how_to_resume(self.directory)
+                how = resume.how_to_resume(self.directory)
                 raise InputError(f"{self.directory}: cannot be written: {error}; {how}") from None
 
     def steps(self):
@@ -116,7 +111,7 @@ class Run:
         return bool(every) and done % every == 0 and str(done) not in evals["steps"]
 
     def record_evaluation(self, values: dict) -> None:
-        """Write eval.json, print a line; at the start, warn if there is no reward to learn from."""
+        """Keep an evaluation of the present weights, in eval.json too, and show its means."""
         done, evals = self.state["step"], self.state["evals"]
         if 0 < done < self.config.max_steps:
             evals["steps"][str(done)] = values
@@ -124,31 +119,30 @@ class Run:
             evals["start" if done == 0 else "end"] = values
         write_json(self.directory / "eval.json", evals)
         if self.writer and done < self.config.max_steps:
-            names = "format", "accuracy", "si", "sinkhorn", "pair_accuracy", "pair_logratio_margin"
-            means = "".join(f", {name} {round(values[name]['mean'], 2) + 0.0:.2f}" for name in names if name in values)
-            where = f"step {done}" if done else "start"
-            self.bar.write(f"{where}: {values['questions']} held-out questions{means}")
-        if self.writer and done == 0 and values.get("format", {"mean": 1})["mean"] < 0.02:
+            self._show_evaluation(done, values)
+
+    def _show_evaluation(self, done: int, values: dict) -> None:
+        names = "format", "accuracy", "si", "sinkhorn", "pair_accuracy", "pair_logratio_margin"
+        means = "".join(f", {name} {round(values[name]['mean'], 2) + 0.0:.2f}" for name in names if name in values)
+        where = f"step {done}" if done else "start"
+        self.bar.write(f"{where}: {values['questions']} held-out questions{means}")
+        if done == 0 and values.get("format", {"mean": 1})["mean"] < 0.02:  # no reward to learn from
             self.bar.write(f"warning: {NO_FORMAT.format(values['format']['mean'])}", file=sys.stderr)
-        self.step.clock = time.perf_counter()  # the step that is due begins now
 
     def end_step(self, step: Step) -> None:
-        """Log the step; write a checkpoint if one is due; end the run if a signal asked for it."""
+        """Log the step, write a checkpoint if one is due, and stop here if a signal asks for it."""
+        self.between_steps = False
         self.log(step)
-        done = self.state["step"] = step.number + 1
-        stop = max(parallel.gather(self.signals[0] if self.signals else 0))  # any process's signal stops them all
-        every, limit = self.config.save_steps, self.config.save_total_limit
-        if self.writer and (stop or (every and done % every == 0)):
-            checkpoint.save(self.directory / "checkpoints", self.model, self.optimizer, self.state, limit)
-        if stop:
-            self.bar.close()
-            if self.writer:
-                print(f"stopped after step {done}; {checkpoint.how_to_resume(self.directory)}", file=sys.stderr)
-            raise SystemExit(128 + stop)
+        self.state["step"] = step.number + 1
+        if self.config.save_steps and self.state["step"] % self.config.save_steps == 0:
+            self.save()
+        self.between_steps = True
+        if number := max(parallel.gather(self.signal)):  # of any process: all stop after the same step
+            raise Stopped(number)
 
     def log(self, step: Step) -> None:
         """Write to metrics.jsonl and samples.jsonl; update the progress bar; print warnings."""
-        step.lap("seconds_training")
+        step.log_seconds("seconds_training")
         terms = combine(step.passes) | step.figures
         if step.samples:
             for phase in ("sampling", "training"):
@@ -159,51 +153,72 @@ class Run:
             append_json(self.directory / "samples.jsonl", {"step": step.number + 1, **row})
         if "mi_row" in terms:
             terms["mi_ceiling"] = math.log(self.config.num_principles)
-            terms["si"] = sufficiency(terms["mi_row"], self.config.num_principles)
+            terms["si"] = share_of_ceiling(terms["mi_row"], self.config.num_principles)
         append_json(self.directory / "metrics.jsonl", {"step": step.number + 1, **terms})
         shown = ("reward", "format", "si", "loss_ot", "pair_margin", "pair_accuracy")
         self.bar.set_postfix({name: f"{terms[name]:.2f}" for name in shown if name in terms})
-        for line in signs_of_trouble(terms, self.streaks, self.config) if self.writer else ():
+        for line in warnings_for(terms, self.streaks, self.config) if self.writer else ():
             self.bar.write(f"warning: {line}", file=sys.stderr)
+
+    def save(self) -> None:
+        """Write a checkpoint of what the last step left."""
+        if self.writer and self.saved != self.state["step"]:
+            limit = self.config.save_total_limit
+            checkpoint.save(self.directory, self.weights, self.optimizer, self.state, limit)
+            self.saved = self.state["step"]
 
     def finish(self) -> None:
         """Write the trained model, and only then the report and the plot, which may fail."""
+        self.between_steps = False  # a signal changes nothing any more: what is left is soon written
         if not self.writer:
             return
-        save_model(self.model, self.tokenizer, self.directory, model_card(self))
+        save_model(self.model, self.tokenizer, self.data.template, self.directory, model_card(self))
         report(self.directory, self.state["evals"])
         if path := write_plot(self.directory / "curves.png", lambda plt: draw_run(plt, self.directory)):
             print(f"plot {path}")
 
+    def _leave_the_last_step(self) -> None:
+        """The optimiser is about to change the weights: a signal waits until the step is whole."""
+        self.between_steps = False
 
-def batch_figures(batch, rewards, scores=None) -> dict:
-    """What is logged of this process's completions beside their losses; see steps.combine."""
-    spread = rewards.values.amax(-1) - rewards.values.amin(-1)  # [Q, K]
-    lengths = batch.mask.sum(-1)  # [Q, K, G]
-    figures = {
-        "items": len(batch.tasks),
-        "tokens": lengths.sum().item(),
-        "reward": rewards.values.mean().item(),
-        "zero_variance_groups": (spread == 0).float().mean().item(),
-        "completion_length": lengths.float().mean().item(),
-        "truncated": batch.truncated.float().mean().item(),
-        "entropy": ((batch.entropy * lengths).sum() / lengths.sum()).item(),
-    }
-    if scores is not None:
-        figures["format"] = rewards.formats.mean().item()
-        figures["mi_row"] = information(scores.flatten(0, 1)).mean().item()
-    return figures
+    def _take_signal(self, number: int, _) -> None:
+        """The first signal stops the run at the next moment that is safe, a later one at once."""
+        if not self.signal:
+            self.signal, self.signal_time = number, time.monotonic()
+            with contextlib.suppress(OSError):  # not print(), which cannot be entered twice
+                os.write(2, b"\nsaving, then stopping; a second signal, in a second or later, stops at once\n")
+            if self.between_steps and self.writer:  # the other processes go on until the step's end
+                raise Stopped(number)
+        elif time.monotonic() > self.signal_time + ONE_REQUEST:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def _stop(self, number: int) -> None:
+        """Save, say how to go on, and exit as shells expect of a signal."""
+        self.between_steps = False
+        self.save()
+        if self.bar:
+            self.bar.close()
+        if self.writer:
+            how = resume.how_to_resume(self.directory)
+            print(f"stopped after step {self.state['step']}; {how}", file=sys.stderr)
+        raise SystemExit(128 + number)
 
 
-def sample_rows(batch, rewards, scores=None) -> list[dict]:
-    """One completion of the first question under each of its principles, for samples.jsonl."""
-    task, rows = batch.tasks[0], []
-    for i, principle in enumerate(task.principles):
-        row = {"question": task.question.text, "principle": principle.text, "completion": batch.texts[0][i][0]}
-        under = [] if scores is None else scores[0, 0, i].tolist()  # K
-        by_principle = {p.id: round(score, 3) for p, score in zip(task.principles, under)}
-        rows.append({**row, "reward": rewards.values[0, i, 0].item(), "scores": by_principle or None})
-    return rows
+@contextlib.contextmanager
+def catch_signals(handler):
+    """Inside, the signals that ask a program to stop call `handler(number, frame)`.
+
+    Under torchrun a closed terminal is one of them: it ends torchrun, which ends its processes.
+    """
+    names = (*STOPPING, "SIGHUP") if parallel.world() > 1 else STOPPING
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has two
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def settle(config, model, tokenizer) -> None:
@@ -236,14 +251,14 @@ def choose_directory(config) -> Path:
                              "each of them, or more, is accepted")
     if config.resume:
         return Path(config.output_dir)
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]  # milliseconds: two runs get two names
-    directory = Path(config.output_dir or f"runs/{now}")
+    time_now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]  # milliseconds: two runs get two names
+    directory = Path(config.output_dir or f"runs/{time_now}")
     if (directory.exists() or directory.is_symlink()) and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"--output-dir: {directory} exists and is not empty; expected a new or empty directory")
     return parallel.gather(directory)[0]  # process 0's, as their clocks differ
 
 
-def write_start(directory: Path, config, data: Data, device) -> None:
+def write_config(directory: Path, config, data: Data, device) -> None:
     """Write config.json and the principles, and print what a step is.
 
     The directory belongs to whoever creates its config.json: of two runs started together the
@@ -278,57 +293,14 @@ def git_commit() -> str | None:
     """That of the code; None without git, or outside a repository."""
     with contextlib.suppress(OSError):
         command = ["git", "rev-parse", "HEAD"]
-        return subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True).stdout.strip() or None
+        done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+        return done.stdout.strip() or None
 
 
-@contextlib.contextmanager
-def stop_signals():
-    """A list that the first Ctrl-C or SIGTERM is put into; the second ends the process at once."""
-    stopped, before = [], {}
-
-    def stop(number, _):
-        stopped.append(number)
-        for number in before:
-            signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nfinishing the step, then saving; a second signal stops at once\n")  # print() is not reentrant
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, stop)
+def make_schedule(optimizer, config):
+    """The learning rate by steps. Raises InputError where the library refuses these settings."""
+    steps = {"num_warmup_steps": config.warmup_steps, "num_training_steps": config.max_steps}
     try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def keep_failure(run: Run, error) -> str:
-    """Write failure/ with the batch of a number that is not finite; returns how to replay it."""
-    config, batch, pairs = run.config, run.step.batch, run.step.pairs
-    failure = {
-        "error": str(error),
-        "steps_done": run.state["step"],
-        "terms": {name: str(value) for name, value in error.terms.items()},  # JSON has no nan
-        "settings": asdict(config),
-    }
-    for q, task in enumerate(run.step.tasks):
-        for k, principle in enumerate(task.principles):
-            row = {"question": task.question.text, "principle": principle.text}
-            if batch:  # there is none where sampling failed
-                row |= {"prompt": batch.prompts[q][k], "completions": batch.texts[q][k]}
-                row["tokens"] = [ids[mask].tolist() for ids, mask in zip(batch.tokens[q, k], batch.mask[q, k])]
-                row["rewards"] = None if batch.rewards is None else batch.rewards[q, k].tolist()
-            failure.setdefault("batch", []).append(row)
-    for prompt, tokens, masks in zip(pairs.prompts, pairs.tokens, pairs.mask) if pairs else ():
-        chosen, rejected = (ids[mask].tolist() for ids, mask in zip(tokens, masks))
-        failure.setdefault("pairs", []).append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    name = f"failure_{parallel.rank()}" if parallel.rank() else "failure"  # several processes may fail at once
-    with written_whole(run.directory / name) as aside:
-        (aside / "batch.json").write_text(json.dumps(failure, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if config.num_iterations == 1:  # else the weights may have moved since the step began
-            checkpoint.save(aside, run.model, run.optimizer, run.state)
-    where = f"the batch is in {run.directory}/{name}/batch.json; "
-    if config.num_iterations == 1:
-        return where + f"to replay it: python train.py --resume {run.directory}/{name}/step_{run.state['step']}"
-    if checkpoint.checkpoints(run.directory):
-        return where + f"this leads to it again: python train.py --resume {run.directory}"
-    return where + "the same command with another --output-dir leads to it again"
+        return transformers.get_scheduler(config.lr_scheduler_type, optimizer, **steps)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--lr-scheduler-type: {config.lr_scheduler_type}: {error}; linear works always") from None

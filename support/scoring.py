@@ -12,6 +12,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from support.logits import Logits, at_least_float32, autocast, head
 from support.prefix import copy_cache, forward, prefill, recomputing
@@ -20,6 +21,7 @@ LOGITS_PER_CHUNK = 2**22  # elements of a block of logits: 16 MB in a CPU's cach
 # Rows that go through the model together: few waste less on padding, many keep a processor busy.
 # Of 16, 32 and 64, 32 is the best for all terms of the embedded model together on two threads.
 ROWS_PER_FORWARD = 32  # on a CPU; a GPU gets twice as many
+LAYER_ELEMENTS = 2**26  # of the hidden states of all layers that one forward of layer_states makes: 256 MB
 
 
 def rows_per_forward(device) -> int:
@@ -89,19 +91,28 @@ def completion_logp(model, prompts, tokens, mask, temperature, *, bf16=False, re
     return logp.new_zeros(tokens.numel()).index_copy(0, places, logp).reshape(tokens.shape)  # [P, N, T]
 
 
-def hidden_states(model, prompts, tokens, mask, **how):
-    """The states of `token_states` in place: [P, N, T, d], 0 off the mask."""
-    states, places = token_states(model, prompts, tokens, mask, **how)  # [M, d], [M]
-    hidden = states.new_zeros(tokens.numel(), states.shape[-1]).index_copy(0, places, states)  # [P·N·T, d]
-    return hidden.reshape(*tokens.shape, -1)  # [P, N, T, d]
+@torch.no_grad()
+def layer_states(model, prompts, completions, picked):
+    """Hidden states [L + 1, n, d] of all layers at n positions; 0: embeddings, L: after the norm.
 
-
-def log_probs(model, hidden, tokens, mask, temperature, logits_per_chunk=None, **how):
-    """Log-probabilities [...] of tokens [...] by hidden states [..., d], in nats, 0 off the mask [...]."""
-    where = mask.flatten().nonzero()[:, 0]  # [M]
-    states, targets = hidden.flatten(0, -2).index_select(0, where), tokens[mask]  # [M, d], [M]
-    flat = token_log_probs(model, states, targets, temperature, logits_per_chunk, **how)  # [M]
-    return flat.new_zeros(tokens.shape).masked_scatter(mask, flat)  # [...]
+    prompts and completions: R lists of token ids; picked: n pairs (row, t), sorted, some of every
+    row: the position that predicts token t of that row's completion. The result is on the CPU.
+    """
+    rows = [p + c[:-1] for p, c in zip(prompts, completions)]
+    longest = max(map(len, rows))
+    layers, width = model.config.get_text_config().num_hidden_layers + 1, model.get_output_embeddings().weight.shape[1]
+    size = max(1, LAYER_ELEMENTS // (longest * layers * width))
+    parts = []
+    for start in range(0, len(rows), size):
+        block = [torch.tensor(row) for row in rows[start : start + size]]
+        ids = pad_sequence(block, batch_first=True).to(model.device)  # [r, T] padded on the right, where no token looks
+        mask = pad_sequence([torch.ones_like(row) for row in block], batch_first=True).to(ids.device)  # [r, T]
+        out = model.get_decoder()(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        here = [(r - start, len(prompts[r]) - 1 + t) for r, t in picked if start <= r < start + size]
+        row, position = torch.tensor(here, device=ids.device).T  # [n'], [n']
+        states = torch.stack([layer[row, position] for layer in out.hidden_states])  # [L + 1, n', d]
+        parts.append(states.float().cpu())
+    return torch.cat(parts, 1)  # [L + 1, n, d]
 
 
 def read_completions(model, prompts, tokens, mask, cot, temperature, generations, picked=None, own_logp=True, *,

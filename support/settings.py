@@ -9,7 +9,6 @@ differs.
 
 import argparse
 import dataclasses
-import functools
 import math
 import re
 from dataclasses import dataclass
@@ -19,10 +18,7 @@ from typing import Literal
 import transformers
 from transformers.hf_argparser import string_to_bool
 
-from grpo import TAGS
 from support.errors import InputError
-from support.files import FILE_KINDS, load_examples, load_questions
-from support.prompts import Form
 
 EXAMPLES = Path(__file__).parent.parent / "principles" / "examples.jsonl"
 
@@ -110,25 +106,6 @@ class DatasetConfig:
     prefill: bool | None = option(
         None, "let the prompt begin the answer with <reasoning> (default: as the model was trained, else True)"
     )
-
-    @property
-    def is_hub_set(self) -> bool:
-        """Whether --dataset is a hub id, not a file."""
-        return self.dataset is not None and Path(self.dataset).suffix.lower() not in FILE_KINDS
-
-    @functools.cached_property
-    def form(self) -> Form:
-        """The form of prompts; sets its defaults. Raises InputError for unreadable --examples."""
-        real = self.model != "tiny"
-        self.examples = self.examples or (str(EXAMPLES) if real else "none")
-        self.prefill = real if self.prefill is None else self.prefill
-        examples = () if self.examples == "none" else tuple(load_examples(self.examples))
-        return Form(examples, TAGS[0] if self.prefill else "")
-
-    def load_questions(self, limit, seed):
-        """See files.load_questions; the run can use `limit` questions."""
-        fields = self.question_field, self.answer_field
-        return load_questions(self.dataset, *fields, self.dataset_config, self.dataset_train_split, limit, seed)
 
 
 @dataclass
@@ -233,7 +210,6 @@ class Config(DatasetConfig):
         check_bounds(self)
         if not (self.principles or self.preferences):
             raise InputError("--principles: missing; expected a file of principles, or --preferences with pairs")
-        _ = self.form  # refuses --examples that cannot be read
         if self.principles and self.preferences:
             raise InputError("--preferences: not accepted beside --principles; a run trains on one of the two")
         if self.mi_generations is not None and self.mi_generations > self.num_generations:

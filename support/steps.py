@@ -10,13 +10,13 @@ micro-batches, passes and processes. `combine` makes one figure of them, by the 
     a mean          weighed by what it is a mean over: tokens, ratios, else items (questions, or pairs)
 """
 
-import functools
-import random
+import time
+from dataclasses import dataclass, field
 
 import torch
 import transformers
 
-from metrics import interval, sufficiency_interval
+from metrics import interval, mutual_information, si_interval
 from support import parallel
 from support.errors import InputError, check_finite
 
@@ -28,22 +28,33 @@ MEAN_OVER = {  # else of items
 }
 
 
-def items_of_step(total: int, step: int, num: int, seed: int) -> list[int]:
-    """Which `num` of `total` questions or pairs a step takes: a function of seed and step alone.
+@dataclass
+class Step:
+    """What a step has so far; the log is written from it."""
 
-    The steps go through all of them, in a new order each epoch; one that reaches the end of an epoch
-    goes on in the next, so that all steps are of one size and no item is taken twice as often as another.
-    """
-    places = (divmod(place, total) for place in range(step * num, (step + 1) * num))
-    return [epoch_order(total, seed, epoch)[place] for epoch, place in places]
+    number: int = 0
+    learning_rate: float = 0.0
+    passes: list = field(default_factory=list)  # of each step of the optimiser: its figures, see steps.combine
+    scores: list = field(default_factory=list)  # of each micro-batch, with --lambda-mi: [q, N, K, K]
+    figures: dict = field(default_factory=dict)  # what else is logged, by name
+    samples: list = field(default_factory=list)  # rows of samples.jsonl
+    clock: float = field(default_factory=time.perf_counter)
 
+    def start_clock(self) -> None:
+        """What came before, an evaluation, does not count for the step."""
+        self.clock = time.perf_counter()
 
-@functools.lru_cache(maxsize=2)  # a step may need two
-def epoch_order(total: int, seed: int, epoch: int) -> list[int]:
-    """A random order of range(total)."""
-    order = list(range(total))
-    random.Random(f"{seed} epoch {epoch}").shuffle(order)
-    return order
+    def log_seconds(self, name: str) -> None:
+        """Log under `name` the seconds since this was last called, or since the clock was started."""
+        time_now = time.perf_counter()
+        self.figures[name], self.clock = time_now - self.clock, time_now
+
+    def add_batch(self, batch, rewards, scores=None) -> None:
+        """Log what train.Batch and train.Rewards hold; scores: [Q, G, K, K] of --mi-reward."""
+        figures = batch_figures(batch, rewards, scores)
+        self.figures |= combine(parallel.gather(figures))
+        known = self.scores if scores is None else [scores]
+        self.samples = sample_rows(batch, rewards, known[0] if known else None)
 
 
 def combine(parts: list[dict]) -> dict:
@@ -126,6 +137,36 @@ def gather_evaluation(parts: list, num_principles: int | None = None) -> dict:
     columns = {name: torch.cat([values[name] for values, _ in everywhere]) for name in everywhere[0][0]}  # [N] each
     result = {name: interval(column) for name, column in columns.items() if len(column)}
     if num_principles:
-        result["si"] = sufficiency_interval(columns["mi_row"], num_principles)
+        result["si"] = si_interval(columns["mi_row"], num_principles)
     first = next(iter(columns.values()))
     return {"questions": len(first), **result, "example": everywhere[0][1]}
+
+
+def batch_figures(batch, rewards, scores=None) -> dict:
+    """What is logged of this process's completions beside their losses; see steps.combine."""
+    spread = rewards.values.amax(-1) - rewards.values.amin(-1)  # [Q, K]
+    lengths = batch.mask.sum(-1)  # [Q, K, G]
+    figures = {
+        "items": len(batch.tasks),
+        "tokens": lengths.sum().item(),
+        "reward": rewards.values.mean().item(),
+        "zero_variance_groups": (spread == 0).float().mean().item(),
+        "completion_length": lengths.float().mean().item(),
+        "truncated": batch.truncated.float().mean().item(),
+        "entropy": ((batch.entropy * lengths).sum() / lengths.sum()).item(),
+    }
+    if scores is not None:
+        figures["format"] = rewards.formats.mean().item()
+        figures["mi_row"] = mutual_information(scores.flatten(0, 1)).row.item()
+    return figures
+
+
+def sample_rows(batch, rewards, scores=None) -> list[dict]:
+    """One completion of the first question under each of its principles, for samples.jsonl."""
+    task, rows = batch.tasks[0], []
+    for i, principle in enumerate(task.principles):
+        row = {"question": task.question.text, "principle": principle.text, "completion": batch.texts[0][i][0]}
+        under = [] if scores is None else scores[0, 0, i].tolist()  # K
+        by_principle = {p.id: round(score, 3) for p, score in zip(task.principles, under)}
+        rows.append({**row, "reward": rewards.values[0, i, 0].item(), "scores": by_principle or None})
+    return rows

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.errors import InputError
-from support.files import Principle, Question
-from support.preferences import Preference
+from support.files import Preference, Principle, Question
 from support.prompts import build_messages
 
 MODEL_DIR = Path(__file__).resolve().parent.parent / "tiny-model"

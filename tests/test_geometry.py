@@ -1,6 +1,7 @@
 """geometry.py: every quantity against a case worked by hand, and the command on the embedded model."""
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import math
@@ -129,6 +130,68 @@ def test_shapes_are_checked(function):
         function(torch.zeros(3, 4) if function is not metrics.effective_rank else torch.zeros(3))
 
 
+# ------------------------------------------------------------------------------------------------ samples are even
+
+
+@pytest.mark.parametrize("num", [511, 512, 513, 600, 1000, 1023, 1024, 2048])
+def test_the_cloud_of_the_divergence_is_an_even_sample_and_the_same_rows_of_both_models(num, monkeypatch):
+    seen = []
+    divergence = geometry.sinkhorn_divergence
+    monkeypatch.setattr(geometry, "sinkhorn_divergence", lambda x, y, eps: seen.append((x, y)) or divergence(x, y, eps))
+    base = torch.arange(float(num))[:, None] + torch.tensor([0.0, 0.5])  # the row number is in the point
+    for seed in range(3):
+        geometry.compare_layer(base, base + 0.25, torch.arange(num) % 2, 2, seed)
+    for x, y in seen:
+        rows = x[:, 0]
+        assert len(rows) == min(num, 512) == len(rows.unique()) and torch.equal(y, x + 0.25)
+        sigma = num / 12**0.5 / len(rows) ** 0.5  # of the mean of a random sample
+        assert abs(rows.mean() - (num - 1) / 2) < 4 * sigma, "the head, the tail or a part of the rows"
+        quarters = torch.histc(rows, 4, 0, num - 1)
+        assert quarters.min() > 0.6 * len(rows) / 4, f"rows by quarter: {quarters.tolist()}"
+    assert num <= 512 or not torch.equal(seen[0][0], seen[1][0]), "--seed must count"
+
+
+def test_where_in_the_rows_the_drift_is_does_not_matter():
+    x, labels = noise(1000, 8).float(), torch.arange(1000) % 2
+    found = []
+    for start in range(0, 1000, 250):  # a quarter of the questions has moved
+        moved = x.clone()
+        moved[start : start + 250] += 1
+        found.append(geometry.compare_layer(x, moved, labels, 2)["sinkhorn"])
+    assert max(found) < 1.5 * min(found), found
+    assert geometry.compare_layer(x, x, labels, 2)["sinkhorn"] < 1e-6
+
+
+@pytest.mark.parametrize("num_tokens, lengths", [(2, [5, 3, 8, 1, 2, 9]), (13, [5, 3, 8, 1, 2, 9]), (10**6, [5, 3, 8, 1, 2, 9])])
+def test_every_completion_gives_as_many_tokens(num_tokens, lengths):
+    config = geometry.GeometryConfig("tiny", "tiny", PRINCIPLES, num_tokens=num_tokens)
+    picked, elsewhere = geometry.pick_tokens([[7] * length for length in lengths], 3, config)
+    assert picked == sorted(set(picked)), "in order, none twice"
+    each = max(1, num_tokens // 6)
+    assert [sum(row == r for row, _ in picked) for r in range(6)] == [min(each, length) for length in lengths]
+    assert all(t < lengths[row] for row, t in picked)
+    assert all(r // 3 == other // 3 and r != other for r, other in enumerate(elsewhere)), "of the same question"
+
+
+def test_tokens_are_picked_from_all_of_a_completion():
+    config = geometry.GeometryConfig("tiny", "tiny", PRINCIPLES, num_tokens=400)
+    picked, _ = geometry.pick_tokens([[7] * 50] * 100, 2, config)
+    places = torch.tensor([t for _, t in picked]).float()
+    assert abs(places.mean() - 24.5) < 4 * 50 / 12**0.5 / len(places) ** 0.5, "the beginnings, or the ends"
+
+
+def test_an_interval_is_over_questions():
+    owners = torch.tensor([0, 0, 0, 1, 2, 2])
+    figures = geometry.interval_over_questions(torch.tensor([1.0, 2.0, 3.0, 6.0, 0.0, 2.0]), owners)
+    assert figures["mean"] == 3 and 1 <= figures["low"] < 3 < figures["high"] <= 6
+
+
+def test_every_setting_is_a_flag():
+    fields = {field.name for field in dataclasses.fields(geometry.GeometryConfig)}
+    hidden = {name for name in vars(geometry.GeometryConfig) if not name.startswith("_")} - fields - {"check", "model"}
+    assert not hidden, "settings that the dataclass does not know"
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 
@@ -180,7 +243,7 @@ def test_a_plot_that_fails_is_one_line_and_the_numbers_stay(tmp_path, monkeypatc
     def broken(*_):
         raise RuntimeError("latex could not be found")
 
-    monkeypatch.setattr("geometry._layer_plot", broken)
+    monkeypatch.setattr("geometry.layer_plot", broken)
     flags = ["--num-questions", "1", "--num-tokens", "60", "--max-completion-length", "8", "--json", str(tmp_path / "g.json")]
     assert geometry.main(["--base", "tiny", "--trained", "tiny", "--principles", PRINCIPLES, *flags]) == 0
     shown = capsys.readouterr()

@@ -26,8 +26,10 @@ import train
 from support import model as loading
 from support import preferences, tiny
 from support.preferences import add_reference, encode_pairs
-from support.run import Step, settle
+from support.prompts import PromptTemplate
+from support.run import settle
 from support.settings import Config
+from support.steps import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO = b"Be brief.\nShow every step.\n"
@@ -190,15 +192,14 @@ CASES = [
     ("principles Latin-1", principles("Sei höflich.\n".encode("latin-1") + TWO), "p.txt:1: byte 6 is 0xf6"),
     ("principles a picture", principles((ROOT / "docs" / "figures" / "ablation.png").read_bytes()), "p.txt:1: byte 1 is 0x89"),
     ("principles with a NUL", principles(TWO + b"a\0b\n"), r"p.txt:3: principle contains '\x00'"),
-    ("principles one huge line", principles(TWO + b"a " * HUGE), "p.txt:3: the line is too long"),
-    ("principles a line just too long to be a prompt", principles(TWO + b"word " * 20_000), "at most 448 are accepted"),
+    ("principles one huge line", principles(TWO + b"a " * HUGE), "tokens; at most 440 are accepted"),
+    ("principles a line just too long to be a prompt", principles(TWO + b"word " * 20_000), "at most 440 are accepted"),
     ("principles emoji, right to left", principles("Be kind 👩\u200d🚀.\nהצג كل שלב\u202e.\n"), texts("Be kind 👩\u200d🚀.", "הצג كل שלב\u202e.")),
-    ("principles JSON too deep", principles('{"principle": ' + DEEP, "p.jsonl"), "p.jsonl:1: JSON is nested too deeply"),
+    ("principles JSON too deep", principles('{"principle": ' + DEEP, "p.jsonl"), "p.jsonl:1: maximum recursion"),
     ("principles JSON deep and closed", principles('{"principle": ' + "[" * 400 + "]" * 400 + "}", "p.jsonl"), "p.jsonl:1: principle is [[["),
-    ("principles JSON NaN", principles('{"principle": NaN}', "p.jsonl"), "p.jsonl:1: NaN"),
+    ("principles JSON NaN", principles('{"principle": NaN}', "p.jsonl"), "p.jsonl:1: principle is nan"),
     ("principles JSON 1e999", principles('{"principle": 1e999}', "p.jsonl"), "p.jsonl:1: principle is inf"),
     ("principles JSON huge integer", principles('{"principle": ' + "9" * 5000 + "}", "p.jsonl"), "p.jsonl:1: Exceeds the limit"),
-    ("principles JSON repeated key", principles('{"principle": "a", "principle": "b"}', "p.jsonl"), "'principle' is repeated"),
     ("principles JSON lone surrogate", principles('{"principle": "\\ud83d"}', "p.jsonl"), r"contains '\ud83d'"),
     ("principles JSON over two lines", principles('{"principle":\n"a"}', "p.jsonl"), "p.jsonl:1: JSON breaks"),
     ("principles the format's tags", principles("Close </reasoning> first.\nWrite <answer>5</answer> only.\n"), texts("Close </reasoning> first.", "Write <answer>5</answer> only.")),
@@ -218,9 +219,9 @@ CASES = [
     ("questions empty", questions(b""), "q.jsonl: has no question"),
     ("questions binary", questions(bytes(range(256))), "q.jsonl:1"),
     ("questions many, the same", questions(QUESTIONS * 5_000), lambda found: len(found.questions) == 3),
-    ("questions one huge line", questions(QUESTIONS + b'{"question": "' + b"a" * HUGE + b'"}'), "q.jsonl:5: the line is too long"),
+    ("questions one huge line", questions(QUESTIONS + b'{"question": "' + b"a" * HUGE + b'"}'), lambda found: len(found.questions) == 3),
     ("questions CRLF and BOM", questions(b"\xef\xbb\xbf" + QUESTIONS.replace(b"\n", b"\r\n")), answers("3", "4", "5", "6")),
-    ("questions answer NaN", questions(b'{"question": "a?", "answer": NaN}'), "q.jsonl:1: NaN"),
+    ("questions answer NaN", questions(b'{"question": "a?", "answer": NaN}'), "q.jsonl:1: answer is nan"),
     ("questions answer 1e999", questions(b'{"question": "a?", "answer": 1e999}'), "q.jsonl:1: answer is inf"),
     ("questions answer a list", question(answer=[5]), "q.jsonl:1: answer is [5]"),
     ("questions answer null", question(answer=None), "q.jsonl:1: answer is None"),
@@ -228,36 +229,36 @@ CASES = [
     ("questions emoji, right to left", question(question="כמה 🙂?", answer="٣"), answers("٣")),
     ("questions the format's tags", question(question="What ends </reasoning> and <answer>?"), lambda found: len(found.questions) == 4),
     ("questions the model's own turn", question(question="a?<|end|><|assistant|><reasoning>"), "'<|assistant|>', a control token"),
-    ("questions JSON too deep", questions('{"question": "a?", "x": ' + DEEP), "q.jsonl:1: JSON is nested too deeply"),
-    ("questions too few", questions(QUESTIONS.splitlines()[0]), "0 up to one less"),
+    ("questions JSON too deep", questions('{"question": "a?", "x": ' + DEEP), "q.jsonl:1: maximum recursion"),
+    ("questions too few", questions(QUESTIONS.splitlines()[0]), "of 1 questions 1 are held out"),
     ("questions an answer that stalls regular expressions", question(answer="," * 3000 + "5" + "," * 3000 + "x"), None),
     ("questions a pipe", made("--dataset", "q.jsonl", os.mkfifo), "q.jsonl: is a pipe or a device"),
-    ("questions csv of texts that pandas takes for nothing", questions(b"question,answer\na?,NA\nb?,None\nc?,7\nd?,007\n", "q.csv"), answers("NA", "None", "7", "007")),
+    ("questions csv of texts that pandas takes for nothing", questions(b"question,answer\na?,NA\nb?,None\nc?,7\nd?,007\nWhat is 0 + 3?,3\n", "q.csv"), answers("NA", "None", "7", "007")),
     ("questions csv with a quote left open", questions(b'question,answer\na?,1\n"b?,2\nc?,3\n', "q.csv"), "q.csv:3: unexpected end"),
     ("questions csv with a comma too many", questions(b"question,answer\na?,1\nb, or c?,2\n", "q.csv"), "q.csv:3: has 3 cells, and the header 2"),
     ("questions csv with a column nearly right", questions(b"Question,answer\na?,1\n", "q.csv"), "has no column 'question'; did you mean 'Question'?"),
     ("questions csv with an answer column nearly right", questions(b"question, answer\na?, 1\n", "q.csv"), "has no column 'answer'; did you mean ' answer'?"),
-    ("questions csv of one huge cell", questions(b"question\na?\n" + b"a" * HUGE, "q.csv"), "q.csv:3: the line is too long"),
-    ("questions csv of a cell of many lines", questions(b'question\n"' + (b"a" * 999 + b"\n") * 2000 + b'"\n', "q.csv"), "q.csv:2: field larger"),
+    ("questions csv of one huge cell", questions(b"question\na?\nWhat is 0 + 3?\n" + b"a" * HUGE, "q.csv"), lambda found: len(found.questions) == 1),
+    ("questions csv of a cell of many lines", questions(b'question\n"' + (b"a" * 999 + b"\n") * 2000 + b'"\n', "q.csv"), "tokens; at most 440"),
     ("questions csv with a header of commas", questions(b",,\n,,\n", "q.csv"), "q.csv: has no question"),
     ("questions csv binary", questions(bytes(range(256)), "q.csv"), "q.csv:"),
     ("questions parquet cut", questions(b"PAR1" + b"\0" * 99 + b"PAR1", "q.parquet"), "q.parquet: cannot be read"),
     # preference pairs
     ("pairs empty", pairs(b""), "has no pair"),
     ("pairs binary", pairs(b"\0\1\2\xff"), "pairs.jsonl:1"),
-    ("pairs JSON too deep", pairs('{"prompt": ' + DEEP), "nested too deeply"),
-    ("pairs messages deep in a key that is ignored", chat(tools=json.loads("[" * 400 + "]" * 400)), lambda found: len(found.pairs) == 4),
+    ("pairs JSON too deep", pairs('{"prompt": ' + DEEP), "maximum recursion"),
+    ("pairs messages deep in a key that is ignored", chat(tools=json.loads("[" * 400 + "]" * 400)), lambda found: len(found.pairs) + len(found.held_out_pairs) == 5),
     ("pairs answer a list", pair(answer=["5"]), "pairs.jsonl:1: answer is ['5']"),
     ("pairs answer true", pair(answer=True), "pairs.jsonl:1: answer is True"),
     ("pairs answer 1e999", pairs(b'{"prompt": "a?", "chosen": "b", "rejected": "c", "answer": 1e999}'), "answer is inf"),
-    ("pairs answer null", pair(answer=None), lambda found: len(found.pairs) == 4),
+    ("pairs answer null", pair(answer=None), lambda found: len(found.pairs) + len(found.held_out_pairs) == 5),
     ("pairs a role the template does not know", chat(role="system"), "pairs.jsonl:1"),
     ("pairs a role that closes the turn", chat(role="user|>a<|end|><|assistant"), "pairs.jsonl:1"),
     ("pairs a turn in the prompt", chat("a?<|end|><|assistant|>b"), "'<|assistant|>', a control token"),
     ("pairs a turn in a response", chat(chosen="b<|end|><|user|>c"), "chosen 'b<|end|><|user|>c': contains '<|end|>'"),
     ("pairs a turn in a response of text", pair(rejected="c<|user|>"), "rejected 'c<|user|>': contains '<|user|>'"),
-    ("pairs a chat of their own in the prompt of text", pair(prompt="<|user|>a?<|end|><|assistant|>"), lambda found: len(found.pairs) == 4),
-    ("pairs the format's tags", pair(chosen="<reasoning>b</reasoning></reasoning>"), lambda found: len(found.pairs) == 4),
+    ("pairs a chat of their own in the prompt of text", pair(prompt="<|user|>a?<|end|><|assistant|>"), lambda found: len(found.pairs) + len(found.held_out_pairs) == 5),
+    ("pairs the format's tags", pair(chosen="<reasoning>b</reasoning></reasoning>"), lambda found: len(found.pairs) + len(found.held_out_pairs) == 5),
     ("pairs a parquet file that is none", pairs(PAIRS, "pairs.parquet"), "pairs.parquet"),
     ("pairs a csv file of bytes", pairs(b"\xff\xfe\0\0" * 99, "pairs.csv"), "pairs.csv"),
     ("pairs a csv that is a pipe", made("--preferences", "pairs.csv", os.mkfifo), "pairs.csv: is a pipe or a device"),
@@ -308,7 +309,7 @@ CASES = [
         ("--temperature", "nan"), ("--temperature", "inf"), ("--temperature", "1e-300"), ("--mi-temperature", "1e-300"),
         ("--learning-rate", "nan"), ("--learning-rate", "inf"), ("--lambda-mi", "inf"), ("--beta", "-0.0001"),
         ("--ot-eps", "1e-300"), ("--max-grad-norm", "0"), ("--epsilon", "2"), ("--weight-decay", "nan"), ("--num-questions", ""),
-        ("--num-questions", "two"), ("--max-steps", "-1"), ("--max-completion-length", str(10**30)), ("--eval-questions", str(10**9)),
+        ("--num-questions", "two"), ("--max-steps", "-1"), ("--max-completion-length", str(10**30)), ("--eval-questions", "0"),
         ("--num-generations", "1e3"), ("--lr-scheduler-type", ""), ("--loss-type", "GRPO"), ("--nonsense", "1"), ("--seed", ""),
     ]),
     ("flag of two lines", flags("--none\nsuch"), "--none"),
@@ -358,10 +359,13 @@ def tree(folder):
 @pytest.fixture
 def stops(monkeypatch, tiny_model):
     """Where an accepted command line ends; the embedded model is loaded once."""
-    load_data, load_model = train.load_data, loading.load_model
+    load_data, load_pairs, load_model = train.load_data, preferences.load_pairs, loading.load_model
 
     def read(*args):
         raise Accepted(load_data(*args))
+
+    def read_pairs(*args):
+        raise Accepted(load_pairs(*args))
 
     def accept(*args):
         raise Accepted(None)
@@ -370,6 +374,7 @@ def stops(monkeypatch, tiny_model):
         return tiny_model if name == str(tiny.MODEL_DIR) else load_model(name, *args)
 
     monkeypatch.setattr(train, "load_data", read)
+    monkeypatch.setattr(preferences, "load_pairs", read_pairs)
     for module in (si, geometry):
         monkeypatch.setattr(module, "sample_chains", accept)
     monkeypatch.setattr("support.model.load_model", load)
@@ -456,7 +461,7 @@ def test_a_model_that_breaks_down_in_training_is_no_traceback(terms, tiny_model)
         config = Config(principles="p.txt", num_principles=2, max_completion_length=8, **terms)
         settle(config, sound, tokenizer)
         tasks = train.draw(tiny.make_questions(4, True), tiny.principles(), config, 0)
-        batch = train.sample(sound, tokenizer, tasks, 2, config)
+        batch = train.sample(sound, tokenizer, PromptTemplate(), tasks, 2, config)
         targets = train.make_targets(sound, sound, batch, train.reward_completions(batch, config), config)
         arguments = train.update, model, optimizer, batch, targets, step, config
     config.check()

@@ -74,7 +74,7 @@ def test_one_process_writes_and_speaks(runs):
     files = [sorted(str(f.relative_to(run)) for f in run.rglob("*")) for run in folders.values()]
     assert files[0] == files[1] and "checkpoints/step_2/state.json" in files[1]
     assert lines(folders[2] / "samples.jsonl")[0]["completion"] == lines(folders[1] / "samples.jsonl")[0]["completion"]
-    assert printed.count("held-out questions: 5") == 1
+    assert printed.count("held-out questions: 4") == 1
 
 
 def test_a_process_that_dies_ends_the_other_with_the_reason(tmp_path):
@@ -82,14 +82,14 @@ def test_a_process_that_dies_ends_the_other_with_the_reason(tmp_path):
     script.write_text(
         "import os, sys\n"
         "from support import parallel\n"
-        "from support.command import outcome\n"
+        "from support.command import exit_status\n"
         "def command():\n"
         "    parallel.start()\n"
         "    parallel.total({'steps': 1})\n"
         "    if parallel.rank() == 1:\n"
         "        os._exit(9)\n"
         "    parallel.total({'steps': 2})\n"
-        "sys.exit(outcome(command))\n"
+        "sys.exit(exit_status(command))\n"
     )
     begun = time.time()
     process = start_two(script)

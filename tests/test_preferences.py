@@ -25,7 +25,7 @@ from support.preferences import (
     preference_loss,
 )
 from support.prompts import turn_end
-from support.run import Step
+from support.steps import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "2 + 3?"), ("assistant", "5"), ("assistant", "6")))
@@ -131,9 +131,9 @@ def test_a_bad_pair_is_one_line_and_status_2(row, told, tmp_path, capsys):
 @pytest.mark.parametrize(
     "rows, told",
     [
-        ([{**OK, "prompt": "word " * 600}, *[{**OK, "prompt": f"{n}?"} for n in range(5)]], ["pairs.jsonl:1", "tokens", "512"]),
+        ([{**OK, "prompt": "word " * (600 + n)} for n in range(9)], ["pairs.jsonl:", "tokens", "512"]),
         ([{"prompt": [{**USER, "content": "<|end|>"}], "chosen": [GOOD], "rejected": [BAD]}] * 1 + [OK], ["control token"]),
-        ([OK], ["(num_eval) is 1"]),
+        ([OK], ["of 1 pairs 0 are held out", "a larger set"]),
         ([], ["has no pair"]),
     ],
 )

@@ -1,9 +1,13 @@
-"""run.py and settings.py: a run's directory, what is optional, what the prompt is made of, and --help."""
+"""run.py and settings.py: a run's directory, signals, faults, what is optional, the prompt, and --help."""
 
 import datetime
+import errno
 import importlib.util
 import json
+import os
 import shutil
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -11,14 +15,16 @@ import pytest
 import torch
 
 import train
-from support import settings, tiny
+from support import checkpoint, settings, tiny
 from support.data import Data
 from support.errors import InputError
 from support.files import load_principles
-from support.prompts import Form
-from support.run import Run, choose_directory, write_start
+from support.run import ONE_REQUEST, Run, choose_directory, write_config
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import kill  # noqa: E402
+
 PRINCIPLES = str(ROOT / "principles" / "reasoning.txt")
 QUESTIONS = str(ROOT / "tests" / "questions.jsonl")  # a few: to check the embedded task's 4096 takes a second
 SMALL = (
@@ -48,9 +54,9 @@ def test_of_two_runs_in_one_directory_the_second_is_refused(tmp_path):
     configs = [train.parse(["--principles", PRINCIPLES, "--output-dir", str(tmp_path / "run"), "--seed", s]) for s in "01"]
     both = [choose_directory(config) for config in configs]  # as two runs that start together do
     empty = Data(load_principles(PRINCIPLES), [], [], None, None, [])
-    write_start(both[0], configs[0], empty, torch.device("cpu"))
+    write_config(both[0], configs[0], empty, torch.device("cpu"))
     with pytest.raises(InputError, match="just been taken by another run"):
-        write_start(both[1], configs[1], empty, torch.device("cpu"))
+        write_config(both[1], configs[1], empty, torch.device("cpu"))
     assert json.loads((both[0] / "config.json").read_text())["settings"]["seed"] == 0
 
 
@@ -60,6 +66,144 @@ def test_two_runs_without_a_directory_get_two():
         found.append(choose_directory(config))
         time.sleep(0.002)
     assert len(set(found)) == 3 and {path.parent for path in found} == {Path("runs")}
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+def after(function, call, action):
+    """`function`, and in its call number `call` the action: before what it does, whatever that is."""
+    calls = []
+
+    def patched(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == call:
+            action()
+        return function(*arguments, **options)
+
+    return patched
+
+
+MOMENTS = {  # -> function of train.py, the number of its call in which the signal comes, steps that are done and saved
+    "in the first evaluation": ("sample", 1, 0),
+    "while the third step samples": ("sample", 4, 2),
+    "while the third step reads": ("losses", 3, 2),
+    "in the evaluation after step 3": ("evaluate", 2, 3),
+    "in the last evaluation": ("evaluate", 3, 5),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_is_served_at_once_and_nothing_is_lost(moment, flags, never_stopped, tmp_path, monkeypatch, capsys):
+    """What a signal interrupts is not finished first: the run is resumed from the step before and is the same."""
+    name, call, done = MOMENTS[moment]
+    directory, number = tmp_path / "run", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1][call % 3]
+    before = signal.getsignal(number)
+    monkeypatch.setattr("support.run.write_plot", lambda *_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, name, after(getattr(train, name), call, lambda: os.kill(os.getpid(), number)))
+        with pytest.raises(SystemExit) as ended:
+            train.main([*flags, "--save-steps", "0", "--output-dir", str(directory)])
+    assert ended.value.code == 128 + number and signal.getsignal(number) is before
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == [f"step_{done}.pt"]
+    assert f"stopped after step {done}; go on from step_{done} with: python train.py --resume" in capsys.readouterr().err
+    assert train.main(["--resume", str(directory)]) == 0
+    assert kill.result(directory) == kill.result(never_stopped)
+
+
+def test_once_the_weights_have_changed_the_step_is_finished_and_one_ctrl_c_may_arrive_twice(
+        flags, tmp_path, monkeypatch, capsys):
+    """`timeout`, or a terminal with a pipe, sends a signal to the process and to its group."""
+    monkeypatch.chdir(tmp_path)
+    twice = lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]  # noqa: E731
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", after(torch.optim.AdamW.zero_grad, 1, twice))
+    with pytest.raises(SystemExit) as ended:
+        train.main([*flags, "--save-steps", "0", "--output-dir", "runs/here"])
+    assert ended.value.code == 130 and "python train.py --resume runs/here" in capsys.readouterr().err
+    (tmp_path / "runs" / "newer").mkdir()  # has no checkpoint
+    assert train.parse(["--resume", "latest"]).resume == "runs/here/checkpoints/step_1.pt"
+
+
+def signals_while_saving(flags):
+    """In a process: a signal in step 2, and another one a second later, from within the saving that it asks for."""
+    stop = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+    train.sample = after(train.sample, 3, stop)
+
+    def second(path):
+        if "step_1" in str(path):
+            time.sleep(ONE_REQUEST + 0.1)
+            stop()
+
+    checkpoint.sync = second
+    kill.command(flags)
+
+
+def test_a_second_signal_stops_at_once_and_leaves_no_half_checkpoint_under_its_name(flags, tmp_path):
+    flags = [*flags, "--save-steps", "0", "--output-dir", str(tmp_path / "run")]
+    process = kill.processes.Process(target=signals_while_saving, args=(flags,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGINT
+    (left,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert left.name.startswith(".step_1.pt.") and not checkpoint.checkpoints(tmp_path / "run")
+
+
+@pytest.mark.parametrize("moment", ["training", "writing final/"])
+def test_what_need_not_stop_a_run_does_not(moment, tmp_path, monkeypatch):
+    """A terminal that closes; Ctrl-C when all that is left is to write the model."""
+    monkeypatch.setattr("support.run.write_plot", lambda *_: None)
+    if moment == "training":
+        monkeypatch.setattr(train, "sample", after(train.sample, 2, lambda: os.kill(os.getpid(), signal.SIGHUP)))
+    else:
+        monkeypatch.setattr("support.run.save_model", after(
+            __import__("support.run").run.save_model, 1, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    assert run(tmp_path) == 0 and (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+def test_ctrl_c_before_the_training_is_one_line(flags, monkeypatch, capsys):
+    monkeypatch.setattr(train, "load_model", after(train.load_model, 1, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    assert train.main(flags) == 130 and capsys.readouterr().err == "error: stopped by Ctrl-C\n"
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+
+@pytest.mark.parametrize("where", ["checkpoint.sync", "run.append_json", "run.write_json", "run.save_model"])
+def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(where, stopped, tmp_path, monkeypatch, one_line):
+    directory = Path(shutil.copytree(stopped, tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        def full(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr(f"support.{where}", full)
+        assert train.main(["--resume", str(directory), "--save-steps", "9"] if "model" in where else
+                          ["--resume", str(directory)]) == 2
+    error = one_line()
+    assert "No space left on device" in error and f"from step_3 with: python train.py --resume {directory}" in error
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["step_2.pt", "step_3.pt"]
+
+
+@pytest.mark.parametrize("more, told, step", [
+    ("--lambda-mi 1e38", "the gradient norm is", 1),
+    ("--lambda-mi 1e39", "the loss is", 1),
+    ("--learning-rate 1e39 --warmup-steps 0", "the distribution of the next token is not finite", 2),
+])
+def test_numbers_that_are_not_finite_are_one_line_with_the_step_and_the_same_command_leads_there_again(
+        more, told, step, flags, tmp_path, one_line):
+    for name in "ab":
+        assert train.main([*flags, *more.split(), "--output-dir", str(tmp_path / name)]) == 1
+        error = one_line()
+        assert f"training has broken down at step {step}: {told}" in error and "the same command leads here" in error
+
+
+def test_a_wrong_shape_in_a_loss_is_a_traceback_and_no_advice_on_the_learning_rate(tmp_path, monkeypatch):
+    """Someone who changes a loss is to see the line."""
+    def reward_of_the_wrong_shape(*_):
+        raise ValueError("scores: got [3, 4], expected [..., K, K]")
+
+    monkeypatch.setattr(train, "losses", reward_of_the_wrong_shape)
+    with pytest.raises(ValueError, match="^scores: got"):
+        run(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ what is optional
@@ -94,22 +238,15 @@ def test_a_schedule_that_cannot_be_made_is_refused_before_anything_is_written(tm
 # ------------------------------------------------------------------------------------------------ the prompt
 
 
-def test_the_embedded_model_has_its_own_prompt_and_a_real_one_examples_and_a_prefill(tmp_path):
-    own = train.parse(["--principles", PRINCIPLES]).form
-    real = train.parse(["--principles", PRINCIPLES, "--model", "some/model"]).form
-    assert own == Form() and real.prefill == "<reasoning>" and len(real.examples) >= 1
-    assert train.parse(["--principles", PRINCIPLES, "--model", "m", "--examples", "none", "--prefill", "False"]).form == own
-    given = train.parse(["--principles", PRINCIPLES, "--examples", write_examples(tmp_path), "--prefill"]).form
-    assert [example.answer for example in given.examples] == ["2", "4"] and given.prefill == "<reasoning>"
-
-
 def test_a_run_shows_its_prompt_and_its_card_says_how_to_use_the_model(tmp_path):
     assert run(tmp_path, "--examples", write_examples(tmp_path), "--prefill") == 0
     prompt = (tmp_path / "run" / "prompt.txt").read_text(encoding="utf-8")
     assert prompt.endswith("<|assistant|><reasoning>") and prompt.count("<|user|>") == 3
     assert "<reasoning>Dear reader, it is 2.</reasoning><answer>2</answer><|end|>" in prompt
+    stored = json.loads((tmp_path / "run" / "final" / "prompt.json").read_text())
+    assert stored["prefill"] == "<reasoning>" and [example["answer"] for example in stored["examples"]] == ["2", "4"]
     card = (tmp_path / "run" / "final" / "README.md").read_text(encoding="utf-8")
-    assert prompt in card and "- Number every step." in card and "| format |" in card and card.startswith("---\n")
+    assert prompt in card and "- Number every step." in card and "| format |" in card and card.startswith("# run\n")
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
     assert sample["completion"].startswith("<reasoning>"), "the prefill counts as written"
 
@@ -137,7 +274,7 @@ def test_a_run_has_one_date(tmp_path, monkeypatch):
 
 def test_another_chat_template_is_refused_by_resume(tmp_path, monkeypatch, capsys):
     model = Path(shutil.copytree(tiny.MODEL_DIR, tmp_path / "model"))
-    monkeypatch.setattr(Run, "log", lambda run, step, log=Run.log: [log(run, step), run.signals.append(15)])
+    monkeypatch.setattr(Run, "log", lambda run, step, log=Run.log: [log(run, step), os.kill(os.getpid(), 15)])
     with pytest.raises(SystemExit):
         run(tmp_path, "--model", str(model))
     template = (model / "chat_template.jinja").read_text()

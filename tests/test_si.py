@@ -1,24 +1,24 @@
 """si.py: the sharper estimate, selection, creation; the command against brute force and the task's rates."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
 import math
-import os
 import random
 import sys
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
-import transformers
 from test_metrics import channel, draw_scores
 
 import metrics
 import si
-from support import answers, tiny
-from support.files import load_principles, save_principles, write_numbers
+from experiments.si_study import reach
+from support import answers, propose, tiny
+from support.chains import Chain, sample_chains, score_chains
+from support.files import load_principles, save_principles
 from support.model import load_model
 from support.prompts import build_messages, encode_prompts, eos_ids
 from support.report import write_plot
@@ -70,15 +70,17 @@ def test_the_sharper_estimate_is_the_exact_information_of_each_input_of_a_channe
 
 def test_reach_tells_a_principle_that_is_rarely_followed_from_one_that_is_said_twice():
     """Four principles: 0 marks every text, 1 one text in five, and 2 and 3 are the same."""
+    def reach_of(p):
+        rows = metrics.information(draw_scores((p + 1e-30).log(), 2000))  # [N, K]
+        return [reach(rows[:, [k, k]].tolist()) for k in range(4)]
+
     p = torch.zeros(4, 5)  # [K, kinds of text]: plain, and the marks of 0, 1, 2 and 3
     p[0, 1], p[1, 0], p[1, 2], p[2:, 3] = 1, 0.8, 0.2, 1
-    scores = draw_scores((p + 1e-30).log(), 2000)
-    expected = torch.tensor([1, 1, 0.5, 0.5], dtype=torch.double)  # two that are the same leave log 4 - log 2
-    torch.testing.assert_close(metrics.reach(scores), expected, atol=1e-6, rtol=0)
+    share = math.log(4) / math.log(2)  # `reach` takes the number of columns for K
+    torch.testing.assert_close(reach_of(p), [share, share, share / 2, share / 2], atol=1e-6, rtol=0)
     p[1] = torch.tensor([0.95, 0, 0.05, 0, 0])  # rarer than one in ten, and plain is told from all others as well
     p[2:] = p[0] = torch.tensor([1.0, 0, 0, 0, 0])
-    reached = metrics.reach(draw_scores((p + 1e-30).log(), 2000))
-    assert reached.max() < 0.05, reached
+    assert max(reach_of(p)) < 0.05 * share
 
 
 def test_its_interval_covers_the_truth():
@@ -98,26 +100,85 @@ def test_limits_of_the_sharper_estimate():
     assert metrics.information(torch.zeros(3, 5, 5), "posterior").abs().max() < 1e-6
 
 
-def test_sampled_negatives_estimate_the_information_within_a_random_subset():
-    log_p, _ = channel(6, 8)
+# ------------------------------------------------------------------------------------------------ a large pool
+
+
+@pytest.mark.parametrize("num_principles, num_questions", [(2, 2), (16, 3), (17, 3), (20, 13), (40, 7), (100, 128)])
+def test_each_question_draws_sixteen_and_each_principle_is_drawn_equally_often(num_principles, num_questions):
+    drawn = si.draw_principles(num_principles, num_questions, seed=3)
+    per_question = min(num_principles, 16)
+    assert drawn.shape == (num_questions, per_question)
+    assert all(row == sorted(set(row)) for row in drawn.tolist()), "one twice, or not in the order of the file"
+    times = torch.bincount(drawn.flatten(), minlength=num_principles)
+    assert times.max() - times.min() <= 1, times
+    assert torch.equal(drawn, si.draw_principles(num_principles, num_questions, seed=3))
+    if num_principles > 16:
+        assert not torch.equal(drawn, si.draw_principles(num_principles, num_questions, seed=4))
+
+
+def test_companions_are_drawn_evenly(monkeypatch):
+    monkeypatch.setattr("si.PER_QUESTION", 3)
+    drawn = si.draw_principles(6, 6000, seed=0)
+    assert (si.mean_by_pair(torch.ones(6000, 3, 3), drawn, 6) == 1).all(), "a mean over the questions that drew both"
+    counts = torch.zeros(6, 6).index_put_((drawn[:, :, None], drawn[:, None, :]), torch.ones(1), accumulate=True)
+    assert (counts.diagonal() == 3000).all()
+    assert (counts[~torch.eye(6, dtype=torch.bool)] / 6000 - 0.2).abs().max() < 0.02  # 3·2 of 6·5 ordered pairs
+
+
+def test_of_a_large_pool_the_measure_is_the_information_within_a_random_subset(monkeypatch):
+    monkeypatch.setattr("si.PER_QUESTION", 3)
+    log_p, whole = channel(6, 8)
     members = torch.tensor(list(itertools.combinations(range(6), 3)))  # [20, 3]
     part = log_p[members]  # [20, 3, Y]
     exact = (part.exp() * (part - part.logsumexp(1, keepdim=True) + math.log(3))).sum((1, 2)).mean() / 3
-    scores = draw_scores(log_p, 20_000)  # [N, 6, 6]
-    written_by = si.draw_candidates(6, len(scores), 2, seed=0)  # [N, 6, 3]
-    scored = torch.zeros(scores.shape, dtype=torch.bool).scatter_(2, written_by, True).mT  # [N, i, j]
-    assert (scored.sum(1) == 3).all() and (scored.sum(2) == 3).all() and scored.diagonal(dim1=1, dim2=2).all()
-    shares = scored.double().mean(0)  # every other principle is a candidate equally often
-    assert (shares + 0.6 * torch.eye(6) - torch.full((6, 6), 0.4) - 1.2 * torch.eye(6)).abs().max() < 0.02
+    scores, drawn = draw_scores(log_p, 20_000), si.draw_principles(6, 20_000, seed=0)  # [N, 6, 6], [N, 3]
+    of_drawn = scores.take_along_dim(drawn[:, :, None], 1).take_along_dim(drawn[:, None, :], 2)  # [N, 3, 3]
     for estimator in ("posterior", "row"):
-        info = metrics.information(scores.masked_fill(~scored, -math.inf), estimator, num_candidates=3).mean(1)  # [N]
+        info = metrics.information(of_drawn, estimator).mean(1)  # [N]
         assert abs(info.mean() - exact) < 4 * info.std() / len(info) ** 0.5
-    assert exact < channel(6, 8)[1], "a bound of the whole pool's information"
+    assert exact < whole, "a bound of the whole pool's information"
 
 
-def test_confusion_is_the_mean_posterior():
-    scores = torch.tensor([[[0.0, -math.inf], [math.log(3), 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
-    torch.testing.assert_close(metrics.confusion(scores), torch.tensor([[0.75, 0.5], [0.625, 0.375]]))
+def test_figures_of_a_principle_are_over_the_questions_that_drew_it():
+    """Four principles, two a question, against a loop."""
+    drawn = torch.tensor([[0, 1], [2, 3], [0, 2], [1, 3], [0, 1]])  # 0 and 3 never meet, nor 1 and 2
+    scores = torch.randn(5, 2, 2, generator=torch.Generator().manual_seed(0)) * 2
+    questions = tiny.make_questions(4, True) + [dataclasses.replace(tiny.make_questions(1, True)[0], answer=None)]
+    text = "<reasoning>a</reasoning><answer>{}</answer>"
+    chains = [[Chain(text.format(q.answer if c else "?"), [1] * (n + c + 2), n + c + 1, n == 0) for c in (0, 1)]
+              for n, q in enumerate(questions)]
+    summary = si.summarise_si(tiny.principles()[:4], ["f"] * 4, questions, drawn, chains, scores)
+    assert summary["per_question"] == 2 and summary["ceiling"] == math.log(2) and summary["chance"] == 0.5
+    posterior, row, column = (metrics.information(scores, name) for name in ("posterior", "row", "column"))
+    for figures in summary["principles"]:
+        places = [(n, c) for n in range(5) for c in (0, 1) if drawn[n, c] == figures["index"]]
+
+        def mean(value_of, places=places):
+            return sum(map(value_of, places)) / len(places)
+
+        for name, table in (("mi_row", row), ("mi_column", column)):
+            assert math.isclose(figures[name], mean(lambda at, table=table: table[at].item()), rel_tol=1e-5)
+        assert math.isclose(figures["mi"]["mean"], mean(lambda at: posterior[at].item()), rel_tol=1e-5)
+        assert figures["cot_length"] == mean(lambda at: sum(at) + 1) and figures["closed"] == 1
+        assert figures["format"] == mean(lambda at: at[0] > 0)
+        assert figures["retrieval"] == mean(lambda at: scores[at].argmax().item() == at[1])
+        assert figures["accuracy"] == mean(lambda at: at[1], [at for at in places if at[0] < 4])
+    confusion, posteriors = torch.tensor(summary["confusion"]), scores.softmax(-1)
+    assert confusion.isnan().nonzero().tolist() == [[0, 3], [1, 2], [2, 1], [3, 0]]
+    torch.testing.assert_close(confusion[0, 1], (posteriors[0] + posteriors[4])[0, 1] / 2)
+    torch.testing.assert_close(confusion[0, 0], (posteriors[0] + posteriors[2] + posteriors[4])[0, 0] / 3)
+    torch.testing.assert_close(confusion[3, 1], posteriors[3][1, 0])
+
+
+def test_a_pool_is_measured_in_parts_and_the_best_again_under_each_other(run, monkeypatch, capsys):
+    monkeypatch.setattr("si.PER_QUESTION", 3)
+    result = run("--num-questions", "3", "--max-completion-length", "16", "--select", "2")
+    assert result["per_question"] == 3 and math.isclose(result["ceiling"], math.log(3)) and result["chance"] == 1 / 3
+    assert [len(row) for row in result["drawn"]] == [3] * 3 and result["chains"] == 9
+    chosen = result["selection"]
+    assert len(chosen["pool"]) == 4 and set(chosen["indices"]) <= set(chosen["pool"])
+    shown = capsys.readouterr().out
+    assert "3 of the 4 principles" in shown and "at most log 3" in shown and "best 4 are measured again" in shown
 
 
 # ------------------------------------------------------------------------------------------------ selection
@@ -151,18 +212,17 @@ def test_of_two_that_say_the_same_selection_takes_one():
 # ------------------------------------------------------------------------------------------------ sampling and scoring
 
 
-def test_scores_and_answers_equal_the_plain_forward(tiny_model):
-    """One row at a time, no cache, no chunks: the CoT under every principle, and the right answer after it."""
+def test_scores_equal_the_plain_forward(tiny_model):
+    """One row at a time, no cache, no chunks: the CoT under every principle."""
     model, tokenizer = tiny_model
     questions = tiny.make_questions(6, held_out=True)
     texts = [p.text for p in tiny.principles()[:3]]
     prompts = [
         encode_prompts(tokenizer, [build_messages(q.text, text) for text in texts]) for q in questions
     ]
-    answers = [q.answer for q in questions[:5]] + [None]
-    chains = si.sample_chains(model, tokenizer, prompts, config("--max-completion-length", "40", "--temperature", "0.8", "--seed", "1"))
-    written_by = si.draw_candidates(3, 6, 2, seed=0)
-    scores, answer_logp = si.score_chains(model, tokenizer, prompts, chains, written_by, 0.8, answers)
+    flat = sample_chains(model, tokenizer, [prompt for row in prompts for prompt in row], "1 chain", 40, 0.8)
+    chains = [flat[i : i + 3] for i in range(0, 18, 3)]
+    scores = score_chains(model, prompts, chains, 0.8)
     kinds, table = set(), torch.zeros(6, 3, 3)
 
     def plain(prefix, ids):
@@ -173,66 +233,16 @@ def test_scores_and_answers_equal_the_plain_forward(tiny_model):
     for n, i, j in itertools.product(range(6), range(3), range(3)):
         chain, prompt = chains[n][i], prompts[n][j]
         kinds.add((chain.closed, chain.truncated))
-        table[n, i, j] = plain(prompt, chain.ids)
+        cot = chain.tokens[: chain.cot_length]
+        table[n, i, j] = plain(prompt, cot)
         assert math.isclose(scores[n, i, j], table[n, i, j], abs_tol=2e-3), "transposed, or a wrong span?"
-        if answers[n] is None:
-            assert answer_logp[n, j, i].isnan()
-            continue
-        thought = [t for t in chain.ids if t != tokenizer.eos_token_id]
-        assert ("</reasoning>" in tokenizer.decode(thought)) == chain.closed
-        bridge = tiny.encode(tokenizer, "<answer>" if chain.closed else "</reasoning><answer>")
-        expected = plain(prompt + thought + bridge, tiny.encode(tokenizer, f"{answers[n]}</answer>"))
-        assert math.isclose(answer_logp[n, j, i], expected, abs_tol=2e-3), (chain, "bridge, or an end token left in?")
+        assert ("</reasoning>" in tokenizer.decode(cot)) == chain.closed
+        assert chain.closed or cot == chain.tokens, "without </reasoning> all of it counts, an end token too"
     assert kinds >= {(True, False), (False, False), (False, True)}, f"closed, ended unclosed, cut: not all occur, {kinds}"
+    alone = score_chains(model, [[row[1]] for row in prompts], [[row[0]] for row in chains], 0.8)  # [6, 1, 1]
+    torch.testing.assert_close(alone.flatten(), scores[:, 0, 1])
     estimate, (low, high) = metrics.sufficiency_index(table), metrics.bootstrap_interval(metrics.information(scores))
     assert (low - 1e-3 <= estimate * math.log(3)).all() and (estimate * math.log(3) <= high.clamp(min=0) + 1e-3).all()
-
-
-def space_before_text():
-    """A tokenizer that, like Llama-2's, puts a space before a text: pieces joined are not the text."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    bpe.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first", split=False)
-    letters = [chr(i) for i in range(32, 127)] + ["\n", "\u2581"]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>"], initial_alphabet=letters)
-    bpe.train_from_iterator(["<reasoning>2 + 3 = 5.</reasoning><answer>5</answer>"], trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>")
-
-
-def merging_tags():
-    """A tokenizer in which a token can span a border: "><" and ">("."""
-    vocab = {token: i for i, token in enumerate([*map(chr, range(32, 127)), "><", ">("])}
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[(">", "<"), (">", "(")]))
-    bpe.decoder = tokenizers.decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe)
-
-
-@pytest.mark.parametrize("make", [space_before_text, merging_tags, tiny.make_tokenizer])
-@pytest.mark.parametrize("text", ["<reasoning>2 + 3</reasoning>", "<reasoning>2 + 3"])
-@pytest.mark.parametrize("answer", ["29", "(B)"])
-def test_a_row_is_the_text_of_chain_and_answer_without_a_space_more(make, text, answer):
-    tokenizer = make()
-    ids, closed = tiny.encode(tokenizer, text), text.endswith("</reasoning>")
-    chain = si.Chain(text, ids, ids, ids, closed, not closed)
-    inputs, targets, kinds = si._score_row(chain, answer, tokenizer)
-    whole = text + ("" if closed else "</reasoning>") + f"<answer>{answer}</answer>"
-    assert tokenizer.decode(inputs).strip() == whole and targets == inputs and len(kinds) == len(inputs)
-    assert kinds[: len(ids)] == [si.COT] * len(ids) and inputs[: len(ids)] == ids, "the chain is what was sampled"
-    counted = tokenizer.decode([t for t, kind in zip(inputs, kinds) if kind == si.ANSWER])
-    assert counted.strip().removeprefix(">") == f"{answer}</answer>"
-
-
-def test_an_answer_after_an_empty_chain_begins_without_a_space():
-    tokenizer = space_before_text()
-    inputs, _, _ = si._score_row(si.Chain("", [], [], [], False, True), "5", tokenizer)
-    assert "".join(tokenizer.convert_ids_to_tokens(inputs)) == "</reasoning><answer>5</answer>"
-
-
-def test_a_token_that_spans_bridge_and_answer_counts_for_the_answer():
-    tokenizer = merging_tags()
-    chain = si.Chain("<reasoning>a</reasoning>", [], *[tiny.encode(tokenizer, "<reasoning>a</reasoning>")] * 2, True, False)
-    inputs, _, kinds = si._score_row(chain, "(B)", tokenizer)
-    assert tokenizer.convert_ids_to_tokens(inputs[kinds.index(si.ANSWER)]) == ">("
 
 
 @pytest.mark.parametrize(
@@ -245,8 +255,8 @@ def test_what_is_cut_or_goes_on_after_the_answer_is_badly_formed(ending, truncat
     text = "<reasoning>1 + 1 = 2.</reasoning><answer>2</answer>" + ending.format(end=tokenizer.eos_token)
     ids = torch.tensor(tiny.encode(tokenizer, text))  # [T]
     written = answers.decode(tokenizer, ids, ids >= 0, eos_ids(model, tokenizer))
-    chain = si.Chain(written, ids, ids, ids, True, truncated)
-    tables = si.make_tables(tiny.make_questions(1, True), [[chain, chain]], torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), 2)
+    chain = Chain(written, ids.tolist(), 3, truncated)
+    tables = si.make_tables(tiny.make_questions(1, True), [[chain, chain]], torch.zeros(1, 2, 2))
     assert tables["format"].tolist() == [[shaped, shaped]], written
 
 
@@ -257,11 +267,6 @@ def test_few_chains_that_close_are_a_warning(run, capsys):
     assert "0% of chains of thought close" in shown and "warning: few chains of thought close" in shown
     run("--num-questions", "8")  # six in ten close
     assert "few chains of thought close" not in capsys.readouterr().out
-
-
-def test_answer_gain_by_hand():
-    logp = torch.tensor([[[-1.0, -3.0, -5.0], [-2.0, -2.0, math.nan], [0.0, 0.0, -9.0]]])  # prompt, CoT
-    torch.testing.assert_close(si.answer_gain(logp), torch.tensor([[3.0, 0.0, -9.0]]))
 
 
 def test_ranking_agrees_with_the_rates_of_the_task_and_negatives_are_apart(run, tmp_path, capsys):
@@ -276,7 +281,7 @@ def test_ranking_agrees_with_the_rates_of_the_task_and_negatives_are_apart(run, 
     with capsys.disabled():
         print(f"\nSI ranking against the task's follow rates: Spearman {spearman:.2f}")
     assert spearman >= 0.9, result["principles"]
-    keys = {"mi_row", "mi_column", "retrieval", "mistaken_for", "format", "cot_length", "accuracy", "answer_gain"}
+    keys = {"mi_row", "mi_column", "retrieval", "mistaken_for", "format", "cot_length", "accuracy"}
     for row in result["principles"]:
         assert row["si"]["low"] <= row["si"]["mean"] <= row["si"]["high"] and keys <= set(row)
     assert math.isclose(result["ceiling"], math.log(8)) and result["chains"] == 24 * 8
@@ -313,29 +318,6 @@ def test_out_without_select_holds_all_best_first_and_a_seed_repeats(run, tmp_pat
     assert "accuracy" not in one["set"], "these questions have no answers"
 
 
-def test_a_pool_is_scored_against_sampled_negatives_and_selected_on_all_pairs(run, monkeypatch, capsys):
-    monkeypatch.setattr("si.MAX_SCORED_ALL", 3)
-    result = run(*FEW, "--select", "2")
-    assert result["candidates"] == 3 and math.isclose(result["ceiling"], math.log(3)) and result["chance"] == 1 / 3
-    assert len(result["pool"]) == 4 and set(result["selection"]["indices"]) <= set(result["pool"])
-    assert "at most log 3" in capsys.readouterr().out
-    assert run(*FEW, "--num-negatives", "1")["candidates"] == 2
-
-
-def test_an_interrupted_run_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "si.json"
-    path.write_text("old")
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", stop)
-    with pytest.raises(KeyboardInterrupt):
-        write_numbers(path, {"a": 1})
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    monkeypatch.undo()
-    write_numbers(path, {"a": math.nan, "b": [math.inf, 1.5]})
-    assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.5]}
 
 
 def test_a_missing_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
@@ -372,7 +354,7 @@ def test_a_plot_that_fails_is_one_line_and_leaves_nothing(fault, tmp_path, monke
 
 
 def test_results_stay_where_the_plot_fails(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("si._heat_map", broken)
+    monkeypatch.setattr("si.heat_map", broken)
     result = run(*FEW, "--out", str(tmp_path / "best.jsonl"))  # status 0
     assert len(result["principles"]) == 4 and len(load_principles(tmp_path / "best.jsonl")) == 4
     assert "no plot: " in capsys.readouterr().err
@@ -418,8 +400,8 @@ def test_a_model_that_writes_proposes_and_what_is_unusable_is_left_out(tiny_mode
             return [p.text.upper() for p in principles]
         return [rng.choice(replies) for _ in requests]
 
-    monkeypatch.setattr("si._ask", ask)
-    found = si.propose(model, tokenizer, principles, 3, config())
+    monkeypatch.setattr("support.propose._ask", ask)
+    found = propose.propose(model, tokenizer, principles, 3, config())
     assert len(found) == 3 and [p.text for p, _ in found].count("Count every step aloud.") == 1
     written = {p.text for p, source in found if "by tiny" in source}
     assert written == {"Count every step aloud."}, "taken: a copy, a fragment, a tag or a control token"
@@ -434,7 +416,7 @@ def test_asking_reads_the_first_line_without_bullets_and_quotes(tiny_model, monk
         return Completions(ids, ids >= 0, ids[..., 0] < 0, ids[..., 0] * 0.0)
 
     monkeypatch.setattr("support.sampling.sample", sample)
-    assert si._ask(model, tokenizer, ["?"], 1.0, "name") == ["Name the unit."]
+    assert propose._ask(model, tokenizer, ["?"], 1.0, "name") == ["Name the unit."]
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -453,7 +435,9 @@ def test_asking_reads_the_first_line_without_bullets_and_quotes(tiny_model, monk
         (None, ["--propose", "0"], ["--propose", "got 0"]),
         (None, ["--num-questions", "1"], ["--num-questions", "got 1", "2 or more"]),
         (None, ["--num-questions", "many"], ["--num-questions", "many"]),
-        (None, ["--num-negatives", "8"], ["--num-negatives", "got 8", "1 to 7"]),
+        (b"\n".join(b"A %d." % n for n in range(40)), ["--num-questions", "4"], ["--num-questions", "got 4", "40 principles", "5 or more"]),
+        (None, ["--dataset", "{one}", "--select", "2"], ["one.jsonl", "got 1", "2 or more"]),
+        (None, ["--dataset", "{one}", "--select", "2", "--propose", "2"], ["one.jsonl", "got 1", "2 or more"]),
         (None, ["--temperature", "0"], ["--temperature", "got 0.0", "or more"]),
         (None, ["--max-completion-length", "600"], ["--max-completion-length", "512"]),
         (None, ["--model", "{tmp}"], ["--model", "{tmp}", "safetensors"]),
@@ -465,7 +449,8 @@ def test_asking_reads_the_first_line_without_bullets_and_quotes(tiny_model, monk
     ],
 )
 def test_bad_input_is_one_line_and_status_2(content, flags, parts, tmp_path, capsys):
-    flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
+    (tmp_path / "one.jsonl").write_text('{"question": "Tom has 7 pens. How many pens?", "answer": 7}')
+    flags = [flag.replace("{tmp}", str(tmp_path)).replace("{one}", str(tmp_path / "one.jsonl")) for flag in flags]
     if "--principles" not in flags:
         path = Path(PRINCIPLES) if content is None else tmp_path / "p.txt"
         if content is not None:
@@ -482,4 +467,4 @@ def test_help_and_missing_flags(capsys):
     assert "--principles" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         si.main(["--help"])
-    assert stop.value.code == 0 and "--num-negatives" in capsys.readouterr().out
+    assert stop.value.code == 0 and "--num-questions" in capsys.readouterr().out

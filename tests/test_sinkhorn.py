@@ -250,11 +250,53 @@ def test_coincident_points_have_zero_gradient(entropic_ot, sinkhorn_divergence):
     close(30 * x.grad, torch.zeros(30, 4), "S is least at x = y: its gradient must vanish", 0, 2e-3)
 
 
-def test_only_first_order():
-    x = cloud(5, 2).requires_grad_()
-    grad, = torch.autograd.grad(sinkhorn.entropic_ot(x, cloud(5, 2, seed=1), 0.5)[0], x, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        torch.autograd.grad(grad.sum(), x)
+def penalties(value):
+    """Losses with a gradient inside, of a value(x, a): alone, beside another term in x, and in the weights."""
+    def penalty(x, a, weight, wrt):
+        grad, = torch.autograd.grad(value(x, a) + weight * x.square().sum(), x if wrt == "x" else a, create_graph=True)
+        return grad.square().sum()
+    return [lambda x, a, w=w, wrt=wrt: penalty(x, a, w, wrt) for w in (0.0, 1.0) for wrt in "xa"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["entropic_ot", "sinkhorn_divergence"])
+def test_a_second_derivative_raises_whatever_stands_beside_it(name, dtype):
+    y = cloud(6, 2, seed=1, dtype=dtype)
+
+    def value(x, a):
+        return getattr(sinkhorn, name)(x, y, 1.0, a)[0]
+
+    def leaves():
+        return cloud(5, 2, dtype=dtype).requires_grad_(), weights(5).requires_grad_()
+
+    for penalty in penalties(value):
+        x, a = leaves()
+        loss = penalty(x, a)
+        for leaf in (x, a):
+            with pytest.raises(RuntimeError, match="first derivatives only"):
+                torch.autograd.grad(loss, leaf, retain_graph=True)
+    x, a = leaves()
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.functional.hessian(lambda z: value(z, a.detach()) + z.square().sum(), x.detach())
+    scale = torch.ones((), dtype=dtype, requires_grad=True)  # it enters by the incoming gradient alone
+    grad, = torch.autograd.grad(scale * value(x, a), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(grad.sum(), scale)
+    with warnings.catch_warnings(), pytest.raises(NotImplementedError, match="jvp"):  # forward mode gave zeros
+        warnings.simplefilter("ignore")  # of torch's own parts
+        torch.func.jvp(lambda z: value(z, a.detach()), (x.detach(),), (x.detach(),))
+
+
+def test_a_graph_changes_no_first_derivative():
+    x, y = cloud(2, 5, 2).requires_grad_(), cloud(2, 6, 2, seed=1).requires_grad_()
+    a, b = weights(2, 5).requires_grad_(), weights(2, 6, seed=1).requires_grad_()
+    value = (sinkhorn.sinkhorn_divergence(x, y, 1.0, a, b)[0] * torch.tensor([1.0, -3.0])).sum()
+    plain, graph = (torch.autograd.grad(value, (x, y, a, b), retain_graph=True, create_graph=g) for g in (False, True))
+    assert all(torch.equal(p, g) and g.requires_grad for p, g in zip(plain, graph))
+    through_func = torch.func.grad(lambda z: sinkhorn.sinkhorn_divergence(z, y.detach()[0], 1.0)[0])(x.detach()[0])
+    leaf = x.detach()[0].requires_grad_()
+    sinkhorn.sinkhorn_divergence(leaf, y.detach()[0], 1.0)[0].backward()
+    assert torch.equal(through_func, leaf.grad)
 
 
 # ---- numerical limits

@@ -12,6 +12,7 @@ from support import tiny
 from support.answers import answer_is_right
 from support.files import load_principles
 from support.model import load_model
+from support.prompts import PromptTemplate
 
 
 def test_held_out_numbers_are_never_trained_on():
@@ -96,3 +97,7 @@ def test_the_shipped_model_loads_and_scores_as_recorded():
 
 def test_tiny_names_the_embedded_model():
     assert tiny.model_path("tiny") == str(tiny.MODEL_DIR) and tiny.model_path("a/b") == "a/b"
+
+
+def test_the_folder_under_any_name_has_the_prompt_of_tiny():
+    assert PromptTemplate.of_folder(str(tiny.MODEL_DIR)) == PromptTemplate()

@@ -13,8 +13,9 @@ import grpo
 import train
 from support import tiny
 from support.model import load_model
-from support.prompts import build_messages
-from support.run import Step, settle
+from support.prompts import PromptTemplate, build_messages
+from support.run import settle
+from support.steps import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 PRINCIPLES = str(ROOT / "principles" / "reasoning.txt")
@@ -40,7 +41,7 @@ def make_batch(tiny_model, config, questions=3):
     """(batch, rewards, targets), the reference being a copy of the model."""
     model, tokenizer = tiny_model
     tasks = train.draw(tiny.make_questions(50, False), tiny.principles(), config, 0)[:questions]
-    batch = train.sample(model, tokenizer, tasks, config.num_generations, config)
+    batch = train.sample(model, tokenizer, PromptTemplate(), tasks, config.num_generations, config)
     rewards = train.reward_completions(batch, config)
     return batch, rewards, train.make_targets(model, copy.deepcopy(model), batch, rewards, config)
 

@@ -21,15 +21,17 @@ import re
 import sys
 from pathlib import Path
 
-import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import trange
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
+import torch  # noqa: E402
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from tqdm import trange  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
 from grpo import TAGS, format_reward  # noqa: E402
-from metrics import set_sufficiency_index, sufficiency_index  # noqa: E402
+from metrics import mutual_information, share_of_ceiling, sufficiency_index  # noqa: E402
 from support import (
     answers,  # noqa: E402
     sampling,  # noqa: E402
@@ -198,7 +200,7 @@ def measure(model, tokenizer, num_questions: int, seed: int = 0) -> dict:
         "loss": loss,
         "format": sum(rewards) / len(texts),
         "accuracy": sum(right) / len(texts),
-        "si": set_sufficiency_index(scores).item(),
+        "si": share_of_ceiling(mutual_information(scores).row.item(), num),
         "si_by_principle": dict(zip(tiny.STYLES, sufficiency_index(scores).tolist())),
         "follows": {name: sum(tiny.follows(text, name) for text in texts[k::num]) / num_questions
                     for k, name in enumerate(tiny.STYLES)},
