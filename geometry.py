@@ -25,7 +25,7 @@ from support.command import check_written_files, exit_status, load_named, parse
 from support.data import make_template, pick_questions
 from support.errors import InputError
 from support.files import load_principles
-from support.prefix import head
+from support.logits import logits_of
 from support.prompts import prompt_limit
 from support.report import layer_plot, print_geometry, write_plot
 from support.scoring import block_side, layer_states
@@ -95,8 +95,9 @@ def compare_outputs(models, hidden, hidden_elsewhere) -> dict:
     parts = []
     for start in range(0, len(hidden[0]), size):
         part = slice(start, start + size)
-        base, trained = (head(m, h[part].to(m.device)) for m, h in zip(models, hidden))  # [c, V] both
-        base_other, trained_other = (head(m, h[part].to(m.device)) for m, h in zip(models, hidden_elsewhere))  # [c, V]
+        base, trained = (logits_of(m, h[part].to(m.device)) for m, h in zip(models, hidden))  # [c, V] both
+        elsewhere = (logits_of(m, h[part].to(m.device)) for m, h in zip(models, hidden_elsewhere))  # [c, V] both
+        base_other, trained_other = elsewhere
         logp, logq = trained.log_softmax(-1), base.log_softmax(-1)  # [c, V] both
         distances = (
             metrics.fisher_rao(base, trained), (logp.exp() * (logp - logq)).sum(-1),

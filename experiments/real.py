@@ -58,7 +58,7 @@ from support.command import parse  # noqa: E402
 from support.data import load_data  # noqa: E402
 from support.model import load_model  # noqa: E402
 from support.report import write_plot  # noqa: E402
-from support.scoring import hidden_states, log_probs  # noqa: E402
+from support.scoring import completion_logp  # noqa: E402
 from train import Task, load, sample  # noqa: E402
 
 POOL = ROOT / "principles" / "pool.txt"
@@ -289,8 +289,7 @@ def log_likelihoods(model_folder: Path, pairs) -> list[tuple[float, bool]]:
         for p, rows in enumerate(answers):
             for n, ids in enumerate(rows):
                 tokens[p, n, : len(ids)], mask[p, n, : len(ids)] = torch.tensor(ids), True
-        hidden = hidden_states(model, prompts, tokens, mask)  # [P, N, T, d]
-        sums = log_probs(model, hidden, tokens, mask, 1.0).sum(-1)  # [P, N]
+        sums = completion_logp(model, prompts, tokens, mask, 1.0).sum(-1)  # [P, N]
         for p, context in enumerate(some):
             found |= {(context, answer): sums[p, n].item() for n, answer in enumerate(by_context[context])}
     return [(found[pair], False) for pair in pairs]

@@ -247,7 +247,6 @@ def settle(config, model, tokenizer) -> None:
     if config.epsilon_high is None:
         config.epsilon_high = config.epsilon
     config.date = set_date(tokenizer, parallel.gather(set_date(tokenizer, config.date))[0])  # of process 0
-    model.bf16 = config.bf16
 
 
 def choose_directory(config) -> Path:
