@@ -69,8 +69,8 @@ def check_pool(config, num_principles: int, num_questions: int) -> None:
     needed = math.ceil(2 * num_principles / min(num_principles, PER_QUESTION))  # two for each principle
     if num_questions < needed:
         source = "--num-questions" if num_questions == config.num_questions else f"--dataset {config.dataset}"
-        raise InputError(f"{source}: got {num_questions} questions for {num_principles} principles; {needed} or more "
-                         "are accepted")
+        raise InputError(f"{source}: too few questions, {num_questions}; {needed} or more are accepted for "
+                         f"{num_principles} principles")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -266,10 +266,10 @@ def run_si(config: SiConfig) -> None:
     """Everything that `python si.py` does, the files first, then the report, then the plot."""
     principles, template = load_principles(config.principles), make_template(config)
     model, tokenizer = load_named("--model", config.model)
+    print(template.describe(), flush=True)
     texts = [text for p in principles for text in (p.text, p.negative) if text]
     questions = pick_questions(model, tokenizer, texts, template, config)
     check_pool(config, len(principles) + (config.propose or 0), len(questions))
-    print(template.describe(), flush=True)
     sources = [config.principles] * len(principles)
     if config.propose:
         found = propose(model, tokenizer, principles, config.propose, config)
@@ -277,6 +277,8 @@ def run_si(config: SiConfig) -> None:
         for principle, source in found:
             principles, sources = [*principles, principle], [*sources, source]
             print(f"proposed {principle.id}: {principle.text} ({source})")
+        texts += [principle.text for principle, _ in found]  # they may be longer than the given ones
+        questions = pick_questions(model, tokenizer, texts, template, config)
         check_pool(config, len(principles), len(questions))
     summary, scores = estimate_si(model, tokenizer, template, principles, sources, questions, config)
     chosen = [row["index"] for row in summary["principles"]]

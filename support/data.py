@@ -82,7 +82,7 @@ def pick_questions(model, tokenizer, principles: list[str], template, config) ->
     else:
         questions = questions_of(config, left_out)
         if is_file(config.dataset):
-            questions = list(questions)
+            questions = sorted(questions, key=lambda question: (question.text, question.answer or ""))
             random.Random(f"{config.seed} questions").shuffle(questions)
     limit = prompt_limit(model, config.max_completion_length)
     fitting = Fitting(tokenizer, template, principles, limit, left_out)

@@ -188,7 +188,7 @@ def test_an_interval_is_over_questions():
 
 def test_every_setting_is_a_flag():
     fields = {field.name for field in dataclasses.fields(geometry.GeometryConfig)}
-    hidden = {name for name in vars(geometry.GeometryConfig) if not name.startswith("_")} - fields - {"check", "model"}
+    hidden = {name for name in vars(geometry.GeometryConfig) if not name.startswith("_")} - fields - {"check"}
     assert not hidden, "settings that the dataclass does not know"
 
 
@@ -229,6 +229,7 @@ def test_the_command_on_a_moved_model(tmp_path, capsys):
     shown = capsys.readouterr().out
     result = json.loads(out.read_text())
     assert len(result["layers"]) == 5 and "CKA" in shown and "Fisher-Rao" in shown
+    assert shown.startswith("prompt: no worked examples before each question, no prefill"), "what the models are shown"
     for row in result["layers"]:
         assert row["sinkhorn"] > 0 and row["sinkhorn_error"] < 1e-3 and row["bures_wasserstein"] > 0
         assert 0 < row["linear_cka"] < 1 and 0 <= row["drift_in_span"] <= 1 and row["random_span"] == 7 / 128

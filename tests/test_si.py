@@ -18,6 +18,7 @@ import si
 from experiments.si_study import reach
 from support import answers, propose, tiny
 from support.chains import Chain, sample_chains, score_chains
+from support.data import make_template, pick_questions
 from support.files import load_principles, save_principles
 from support.model import load_model
 from support.prompts import build_messages, encode_prompts, eos_ids
@@ -137,6 +138,20 @@ def test_of_a_large_pool_the_measure_is_the_information_within_a_random_subset(m
         info = metrics.information(of_drawn, estimator).mean(1)  # [N]
         assert abs(info.mean() - exact) < 4 * info.std() / len(info) ** 0.5
     assert exact < whole, "a bound of the whole pool's information"
+
+
+def test_the_order_of_a_file_does_not_matter_to_which_questions_are_picked(tiny_model, tmp_path):
+    rows = [json.dumps({"question": q.text, "answer": q.answer}) for q in tiny.make_questions(200, True)]
+    picked = []
+    for name, order in (("a", rows), ("b", rows[::-1]), ("c", random.Random(1).sample(rows, 200))):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(order))
+        settings = config("--dataset", str(path), "--num-questions", "50")
+        picked.append(pick_questions(*tiny_model, ["Be brief."], make_template(settings), settings))
+    assert picked[0] == picked[1] == picked[2] and len(set(picked[0])) == 50
+    texts = [json.loads(row)["question"] for row in rows]
+    quarters = [sum(texts.index(q.text) // 50 == quarter for q in picked[0]) for quarter in range(4)]
+    assert min(quarters) >= 5, f"questions by quarter of the file: {quarters}"
 
 
 def test_figures_of_a_principle_are_over_the_questions_that_drew_it():
@@ -266,7 +281,9 @@ def test_few_chains_that_close_are_a_warning(run, capsys):
     shown = capsys.readouterr().out
     assert "0% of chains of thought close" in shown and "warning: few chains of thought close" in shown
     run("--num-questions", "8")  # six in ten close
-    assert "few chains of thought close" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "few chains of thought close" not in shown
+    assert shown.startswith("prompt: no worked examples before each question, no prefill"), "what the model is shown"
 
 
 def test_ranking_agrees_with_the_rates_of_the_task_and_negatives_are_apart(run, tmp_path, capsys):
@@ -435,9 +452,9 @@ def test_asking_reads_the_first_line_without_bullets_and_quotes(tiny_model, monk
         (None, ["--propose", "0"], ["--propose", "got 0"]),
         (None, ["--num-questions", "1"], ["--num-questions", "got 1", "2 or more"]),
         (None, ["--num-questions", "many"], ["--num-questions", "many"]),
-        (b"\n".join(b"A %d." % n for n in range(40)), ["--num-questions", "4"], ["--num-questions", "got 4", "40 principles", "5 or more"]),
-        (None, ["--dataset", "{one}", "--select", "2"], ["one.jsonl", "got 1", "2 or more"]),
-        (None, ["--dataset", "{one}", "--select", "2", "--propose", "2"], ["one.jsonl", "got 1", "2 or more"]),
+        (b"\n".join(b"A %d." % n for n in range(40)), ["--num-questions", "4"], ["--num-questions", "too few questions, 4", "5 or more", "40 principles"]),
+        (None, ["--dataset", "{one}", "--select", "2"], ["one.jsonl", "too few questions, 1", "2 or more"]),
+        (None, ["--dataset", "{one}", "--select", "2", "--propose", "2"], ["one.jsonl", "too few questions, 1", "2 or more"]),
         (None, ["--temperature", "0"], ["--temperature", "got 0.0", "or more"]),
         (None, ["--max-completion-length", "600"], ["--max-completion-length", "512"]),
         (None, ["--model", "{tmp}"], ["--model", "{tmp}", "safetensors"]),
