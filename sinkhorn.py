@@ -62,8 +62,7 @@ def sinkhorn_potentials(cost, eps, a=None, b=None, *, max_iter=1000, tol=1e-4):
     and b [..., m] or [m] non-negative, divided by their sums, uniform by default. Returns
     (f [..., n], g [..., m], info), detached, in the type of cost: P's column sums are exact, its row
     sums within info.marginal_error. Stops when every batch element is within tol, or at max_iter: then
-    warns (RuntimeWarning). Raises ValueError on bad shapes, weights or eps, and FloatingPointError if C / eps
-    is not finite.
+    warns (RuntimeWarning). Raises ValueError on bad arguments, FloatingPointError if C / eps is not finite.
     """
     dtype, *checked = _check_cost(cost, eps, a, b, max_iter, tol)
     cost, eps, a, b = (t.detach() for t in checked)  # [..., n, m], [...], [..., n], [..., m] float64
@@ -230,9 +229,8 @@ class _Envelope(torch.autograd.Function):
 def _scaled(given, weights, eps, tol):
     """Both clouds about their common centre over unit = sqrt(eps / 2): C / eps = |p - q|^2 / 2.
 
-    Returns p and q, |p|^2 / 2 and |q|^2 / 2, unit. A removed point is moved onto the heaviest one, where
-    it cannot make K underflow. In float32 on the CPU where that is enough: it gives P to
-    1e-7 max(C) / eps, and OT to 1e-7 eps, which is much if eps > C.
+    Returned as ([p, q], their halved squared lengths, unit). A removed point is moved onto the heaviest one,
+    where it cannot make K underflow. Float32 on the CPU gives P to 1e-7 max(C) / eps, OT to 1e-7 eps.
     """
     unit = (eps / 2).sqrt()[..., None]  # [B, 1, 1]
     double = given[0].dtype is torch.float64 or unit.device.type != "cpu"
@@ -251,8 +249,7 @@ def _scaled(given, weights, eps, tol):
         spread = min((w * h).sum(1).min().item() for w, h in zip(weights, half))  # about half of mean(C) / eps
         if spread >= 0.5 and (16 + largest) * torch.finfo(dtype).eps <= tol:
             break
-    _require(largest < torch.finfo(dtype).max / 16, "C / eps must be finite: the points are too far apart for eps",
-             error=FloatingPointError)
+    _finite(torch.tensor(16 * largest, dtype=dtype), "C / eps must be finite: the points are too far apart for eps")
     return points, half, unit.to(dtype)  # [B, n, d] and [B, m, d], [B, n] and [B, m], [B, 1, 1]
 
 
@@ -327,8 +324,7 @@ def _check_cost(cost, eps, a, b, max_iter=1, tol=1.0):
              "cost must be a non-empty floating point tensor [..., n, m]", cost)
     dtype, cost = torch.promote_types(cost.dtype, torch.float32), cost.double()  # [..., n, m]
     eps = _check_eps(eps, cost.shape[:-2], cost.device, max_iter, tol)  # [...]
-    finite = (cost.detach() / eps[..., None, None]).isfinite().all()  # []
-    _require(finite, "cost and C / eps must be finite", error=FloatingPointError)
+    _finite(cost.detach() / eps[..., None, None], "cost and C / eps must be finite")
     return dtype, cost, eps, _check_weights("a", a, cost[..., 0]), _check_weights("b", b, cost[..., 0, :])
 
 
@@ -337,8 +333,7 @@ def _check_clouds(x, y, eps, a, b, max_iter=1, tol=1.0):
     for name, points in (("x", x), ("y", y)):
         _require(torch.is_tensor(points) and points.ndim > 1 and points.is_floating_point() and points.numel() > 0,
                  f"{name} must be a non-empty floating point tensor [..., points, dimensions]", points)
-        finite = torch.stack(points.detach().aminmax()).isfinite().all()  # []
-        _require(finite, f"{name} must be finite", error=FloatingPointError)
+        _finite(torch.stack(points.detach().aminmax()), f"{name} must be finite")
     _require(x.shape[:-2] == y.shape[:-2] and x.shape[-1] == y.shape[-1],
              f"x and y must agree in all but the number of points, got {list(x.shape)} and {list(y.shape)}")
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
@@ -378,10 +373,10 @@ def _learns_zeros(a, b):
     return any(w.requires_grad and bool((w < NEGLIGIBLE).any()) for w in (a, b))
 
 
-def _finite(value):
-    _require(value.isfinite().all(), f"OT must be finite in {value.dtype}: the points are too far apart",
-             error=FloatingPointError)
-    return value
+def _finite(tensor, message="OT must be finite: the points are too far apart"):
+    if not tensor.isfinite().all():
+        raise FloatingPointError(message)
+    return tensor
 
 
 def _worst(infos, batch):
@@ -397,8 +392,8 @@ def _warn_unless_converged(info, eps, tol):
         warnings.warn(f"{text} (least eps {eps.min().item():.1e}): raise eps, max_iter or tol", RuntimeWarning, level)
 
 
-def _require(condition, message, got=None, error=ValueError):
+def _require(condition, message, got=None):
     if not condition:
         if torch.is_tensor(got):
             got = f"{got.dtype} {list(got.shape)}"
-        raise error(message + (f", got {got}" if got is not None else ""))
+        raise ValueError(message + (f", got {got}" if got is not None else ""))
