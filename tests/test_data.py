@@ -243,21 +243,6 @@ def test_too_long_questions_are_left_out_of_files_and_sets_alike_and_one_is_name
     assert set(pick_questions(*tiny_model, ["p"], PromptTemplate(), config)) == set(POOL[:40]), "si.py and geometry.py"
 
 
-def test_the_fingerprint_is_that_of_the_held_out_questions(tiny_model, tmp_path):
-    def of(*flags):
-        return load_data(*tiny_model, train.parse(["--principles", PRINCIPLES, "--dataset", path, *flags])).fingerprint
-
-    path = questions_file(tmp_path)
-    first = of("--eval-questions", "4")
-    assert of("--eval-questions", "4", "--seed", "9", "--max-steps", "700") == first
-    assert of("--eval-questions", "3") != first
-    everything = of("--eval-questions", "100")
-    for held_out in (False, True):
-        text = next(text for n in itertools.count() if is_held_out(text := f"new {n}?") == held_out)
-        path = questions_file(tmp_path, {"question": text})
-        assert (of("--eval-questions", "100") != everything) == held_out
-
-
 def test_bad_pairs_are_left_out_of_a_set_and_refused_in_a_file(tiny_model, tmp_path, capsys):
     pytest.importorskip("datasets")
     good = [{"prompt": q.text, "chosen": f" {q.answer}", "rejected": " 0"} for q in POOL[1:60]]
