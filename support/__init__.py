@@ -38,6 +38,10 @@ import sys
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+# A GPU's memory in segments that grow: completions of ever other lengths would leave gaps between fixed ones.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 # A standard stream that is closed leaves its number to the next file that is opened, and messages would end up in it.
 for descriptor in (0, 1, 2):
     try:
