@@ -25,7 +25,7 @@ from support.command import check_written_files, exit_status, load_named, parse
 from support.data import make_template, pick_questions
 from support.errors import InputError
 from support.files import load_principles
-from support.prefix import head
+from support.logits import logits_of
 from support.prompts import prompt_limit
 from support.report import layer_plot, print_geometry, write_plot
 from support.scoring import block_side, layer_states
@@ -39,18 +39,16 @@ CLOUD = 512  # points of a Sinkhorn divergence
 class GeometryConfig(DatasetConfig):
     """What training did to the hidden states and next-token distributions, on the same tokens."""
 
-    base: str = field(metadata={"help": "the model before: tiny (the embedded one), a folder, or a hub id"})
-    trained: str = field(metadata={"help": "the model after, of the same shape; it writes the completions"})
-    principles: str = field(metadata={"help": "file of principles: .txt (one a line) or .jsonl"})
-    num_questions: int = option(
-        32, "questions, each under every principle; all of --dataset where it has fewer", at_least=1
-    )
+    base: str = field(metadata={"help": "the model before training: tiny (the embedded model), a folder, or a hub id"})
+    trained: str = field(metadata={"help": "the model after training, of the same shape; it writes the completions"})
+    principles: str = field(metadata={"help": "file of principles, .txt (one a line) or .jsonl"})
+    num_questions: int = option(32, "questions to write to; all of --dataset if it has fewer", at_least=1)
     num_tokens: int = option(
-        2048, "tokens that are compared: each completion gives as many, drawn at random, and at least one", at_least=2
+        2048, "tokens to compare: each completion gives as many, drawn at random, and at least one", at_least=2
     )
-    json: str | None = option(None, "file of all numbers; the plot over layers goes beside it, as .png")
-    max_completion_length: int = option(64, "tokens; longer completions are cut", at_least=1)
-    seed: int = option(0, "of everything random", at_least=0, at_most=MAX_SEED)
+    json: str | None = option(None, "write all numbers to this .json file, and a plot over layers beside it, as .png")
+    max_completion_length: int = option(64, "tokens in a completion; longer ones are cut", at_least=1)
+    seed: int = option(0, "seed of everything random", at_least=0, at_most=MAX_SEED)
 
     def check(self) -> None:
         """Raises InputError for the first value that cannot be used."""
@@ -97,8 +95,9 @@ def compare_outputs(models, hidden, hidden_elsewhere) -> dict:
     parts = []
     for start in range(0, len(hidden[0]), size):
         part = slice(start, start + size)
-        base, trained = (head(m, h[part].to(m.device)) for m, h in zip(models, hidden))  # [c, V] both
-        base_other, trained_other = (head(m, h[part].to(m.device)) for m, h in zip(models, hidden_elsewhere))  # [c, V]
+        base, trained = (logits_of(m, h[part].to(m.device)) for m, h in zip(models, hidden))  # [c, V] both
+        elsewhere = (logits_of(m, h[part].to(m.device)) for m, h in zip(models, hidden_elsewhere))  # [c, V] both
+        base_other, trained_other = elsewhere
         logp, logq = trained.log_softmax(-1), base.log_softmax(-1)  # [c, V] both
         distances = (
             metrics.fisher_rao(base, trained), (logp.exp() * (logp - logq)).sum(-1),

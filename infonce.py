@@ -19,7 +19,7 @@ transpose of ours, so their row is our column. The KL to the start that they add
 caller, and so is a critic temperature: pass scores / tau.
 
 Limits. K = 1: loss 0. -inf off the diagonal, a candidate of probability zero: fine in value and
-gradient. -inf on the diagonal, NaN and +inf are a ValueError: no loss would be finite.
+gradient. -inf on the diagonal, NaN and +inf raise FloatingPointError.
 Half precision is computed in float32; better, sum log-probabilities in float32 to begin with.
 
 To copy: needs torch only. `python -m doctest infonce.py` runs this example:
@@ -42,8 +42,8 @@ def row_info_nce(scores):
     """Which principle wrote completion i? Row cross-entropy: [..., K, K] -> [..., K], nats.
 
     A constant added to a row changes nothing: how likely a completion is overall does not matter.
-    Raises ValueError unless scores is floating point, not empty, square in its last two dimensions,
-    finite on the diagonal, and finite or -inf elsewhere.
+    Raises ValueError unless scores is floating point, not empty and square in its last dimensions;
+    FloatingPointError unless it is finite on the diagonal, and finite or -inf elsewhere.
     """
     square = scores.dim() >= 2 and scores.shape[-1] == scores.shape[-2] and scores.numel() > 0
     if not square or not scores.is_floating_point():
@@ -54,7 +54,8 @@ def row_info_nce(scores):
     losses = -scores.log_softmax(-1).diagonal(dim1=-2, dim2=-1)  # [..., K]
     if not losses.isfinite().all():
         got = f"{scores.min().item()} to {scores.max().item()}"
-        raise ValueError(f"InfoNCE: expected scores that are finite on the diagonal, finite or -inf off it, got {got}")
+        expected = "expected scores that are finite on the diagonal, finite or -inf off it"
+        raise FloatingPointError(f"InfoNCE: {expected}, got {got}")
     return losses
 
 

@@ -209,7 +209,7 @@ def _check_scores(scores) -> None:
     if scores.ndim != 3 or scores.shape[1] != scores.shape[2]:
         raise ValueError(f"expected scores [N, K, K] (question, completion, principle), got {list(scores.shape)}")
     if not scores.diagonal(dim1=-2, dim2=-1).isfinite().all() or scores.isnan().any():
-        raise ValueError("expected finite scores of each completion under its own principle, and no NaN")
+        raise FloatingPointError("expected finite scores of each completion under its own principle, and no NaN")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -44,16 +44,16 @@ PER_QUESTION = 16  # the most principles that a question is measured under
 class SiConfig(DatasetConfig):
     """Measure, select and create principles, before training."""
 
-    principles: str = field(metadata={"help": "file of principles: .txt (one a line) or .jsonl"})
-    model: str = option("tiny", "the embedded model, a folder, or a Hugging Face hub id")
-    num_questions: int = option(128, "questions, drawn from --dataset; all of them where it has fewer", at_least=2)
-    select: int | None = option(None, "how many principles to choose: those with the highest SI as a set", at_least=2)
-    propose: int | None = option(None, "how many new principles to create and measure with the others", at_least=1)
-    out: str | None = option(None, ".jsonl of the selected principles (without --select: of all, best first)")
-    json: str | None = option(None, "file of all numbers; the heat map of confusions goes beside it, as .png")
-    max_completion_length: int = option(64, "tokens; longer completions are cut and count as badly formed", at_least=1)
-    temperature: float = option(1.0, "of sampling, and of every log-probability: that of the training to come", above=0)
-    seed: int = option(0, "of everything random", at_least=0, at_most=MAX_SEED)
+    principles: str = field(metadata={"help": "file of principles, .txt (one a line) or .jsonl"})
+    model: str = option("tiny", "tiny (the embedded model), a folder, or a Hugging Face hub id")
+    num_questions: int = option(128, "questions to measure with; all of --dataset if it has fewer", at_least=2)
+    select: int | None = option(None, "choose so many principles: the set with the highest SI", at_least=2)
+    propose: int | None = option(None, "create so many new principles, and measure them with the others", at_least=1)
+    out: str | None = option(None, "write the selected principles to this .jsonl file (default: all, best first)")
+    json: str | None = option(None, "write all numbers to this .json file, and a heat map beside it, as .png")
+    max_completion_length: int = option(64, "tokens in a completion; longer ones are cut and earn nothing", at_least=1)
+    temperature: float = option(1.0, "of sampling and log-probabilities; take that of the training to come", above=0)
+    seed: int = option(0, "seed of everything random", at_least=0, at_most=MAX_SEED)
 
     def check(self) -> None:
         """Raises InputError for the first value that cannot be used."""

@@ -62,7 +62,8 @@ def sinkhorn_potentials(cost, eps, a=None, b=None, *, max_iter=1000, tol=1e-4):
     and b [..., m] or [m] non-negative, divided by their sums, uniform by default. Returns
     (f [..., n], g [..., m], info), detached, in the type of cost: P's column sums are exact, its row
     sums within info.marginal_error. Stops when every batch element is within tol, or at max_iter: then
-    warns (RuntimeWarning). Raises ValueError on bad shapes, weights or eps, and if C / eps is not finite.
+    warns (RuntimeWarning). Raises ValueError on bad shapes, weights or eps, and FloatingPointError if C / eps
+    is not finite.
     """
     dtype, *checked = _check_cost(cost, eps, a, b, max_iter, tol)
     cost, eps, a, b = (t.detach() for t in checked)  # [..., n, m], [...], [..., n], [..., m] float64
@@ -250,7 +251,8 @@ def _scaled(given, weights, eps, tol):
         spread = min((w * h).sum(1).min().item() for w, h in zip(weights, half))  # about half of mean(C) / eps
         if spread >= 0.5 and (16 + largest) * torch.finfo(dtype).eps <= tol:
             break
-    _require(largest < torch.finfo(dtype).max / 16, "C / eps must be finite: the points are too far apart for eps")
+    _require(largest < torch.finfo(dtype).max / 16, "C / eps must be finite: the points are too far apart for eps",
+             error=FloatingPointError)
     return points, half, unit.to(dtype)  # [B, n, d] and [B, m, d], [B, n] and [B, m], [B, 1, 1]
 
 
@@ -325,7 +327,8 @@ def _check_cost(cost, eps, a, b, max_iter=1, tol=1.0):
              "cost must be a non-empty floating point tensor [..., n, m]", cost)
     dtype, cost = torch.promote_types(cost.dtype, torch.float32), cost.double()  # [..., n, m]
     eps = _check_eps(eps, cost.shape[:-2], cost.device, max_iter, tol)  # [...]
-    _require((cost.detach() / eps[..., None, None]).isfinite().all(), "cost and C / eps must be finite")
+    finite = (cost.detach() / eps[..., None, None]).isfinite().all()  # []
+    _require(finite, "cost and C / eps must be finite", error=FloatingPointError)
     return dtype, cost, eps, _check_weights("a", a, cost[..., 0]), _check_weights("b", b, cost[..., 0, :])
 
 
@@ -334,7 +337,8 @@ def _check_clouds(x, y, eps, a, b, max_iter=1, tol=1.0):
     for name, points in (("x", x), ("y", y)):
         _require(torch.is_tensor(points) and points.ndim > 1 and points.is_floating_point() and points.numel() > 0,
                  f"{name} must be a non-empty floating point tensor [..., points, dimensions]", points)
-        _require(torch.stack(points.detach().aminmax()).isfinite().all(), f"{name} must be finite")
+        finite = torch.stack(points.detach().aminmax()).isfinite().all()  # []
+        _require(finite, f"{name} must be finite", error=FloatingPointError)
     _require(x.shape[:-2] == y.shape[:-2] and x.shape[-1] == y.shape[-1],
              f"x and y must agree in all but the number of points, got {list(x.shape)} and {list(y.shape)}")
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
@@ -375,7 +379,8 @@ def _learns_zeros(a, b):
 
 
 def _finite(value):
-    _require(value.isfinite().all(), f"OT must be finite in {value.dtype}: the points are too far apart")
+    _require(value.isfinite().all(), f"OT must be finite in {value.dtype}: the points are too far apart",
+             error=FloatingPointError)
     return value
 
 
@@ -392,8 +397,8 @@ def _warn_unless_converged(info, eps, tol):
         warnings.warn(f"{text} (least eps {eps.min().item():.1e}): raise eps, max_iter or tol", RuntimeWarning, level)
 
 
-def _require(condition, message, got=None):
+def _require(condition, message, got=None, error=ValueError):
     if not condition:
         if torch.is_tensor(got):
             got = f"{got.dtype} {list(got.shape)}"
-        raise ValueError(message + (f", got {got}" if got is not None else ""))
+        raise error(message + (f", got {got}" if got is not None else ""))

@@ -21,7 +21,6 @@ support/preferences.py. What surrounds both loops is support/run.py.
 
 import support  # isort: skip  # noqa: F401  (before torch: see there)
 
-import copy
 import math
 import random
 import sys
@@ -35,16 +34,16 @@ from infonce import symmetric_info_nce
 from metrics import information, mutual_information
 from sinkhorn import relative_eps, sinkhorn_divergence
 from support import memory, parallel, preferences, sampling, tiny
-from support.answers import answer_is_right, cot_mask, decode
+from support.answers import answer_is_right, cot_mask
 from support.command import exit_status, parse
 from support.data import Data, items_of_step, load_data
 from support.errors import check_finite
 from support.files import Principle, Question
-from support.model import add_lora, load_model
-from support.prompts import eos_ids, prompt_limit
+from support.model import add_lora, frozen_copy, load_model
+from support.prompts import prompt_limit
 from support.run import Run, choose_directory, settle
 from support.sampling import uniform_numbers
-from support.scoring import frozen_start, score_matrix
+from support.scoring import frozen_start, read_completions
 from support.settings import Config
 from support.steps import backward, combine, descend, gather_evaluation, micro_batches
 
@@ -88,9 +87,10 @@ def train(config: Config) -> Path:
     directory = choose_directory(config)
     model, tokenizer = load(config)
     data = (load_data if config.principles else preferences.load_pairs)(model, tokenizer, config)
-    print(memory.fit(model, data, config), flush=True)
+    config.gradient_checkpointing, config.micro_batch, line = memory.fit(model, data, config)
+    print(line, flush=True)
     # The reference is a frozen copy; with LoRA, the model without its adapters. Pairs keep its log-probabilities.
-    reference = copy.deepcopy(model).requires_grad_(False) if config.principles and not config.lora_rank else None
+    reference = frozen_copy(model, config.bf16) if config.principles and not config.lora_rank else None
     optimizer = torch.optim.AdamW(
         model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
@@ -106,7 +106,7 @@ def load(config: Config):
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     model, tokenizer = load_model(tiny.model_path(config.model), device)
     settle(config, model, tokenizer)
-    return add_lora(model, config.lora_rank, config.seed) if config.lora_rank else model, tokenizer
+    return add_lora(model, config.lora_rank, config.seed, config.bf16) if config.lora_rank else model, tokenizer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -180,17 +180,16 @@ def sample(model, tokenizer, template, tasks: list[Task], num_generations: int, 
     num = len(tasks[0].principles)
     pairs = [(task.question.text, principle.text) for task in tasks for principle in task.principles]  # Q·K
     prompts = template.encode(tokenizer, pairs, prompt_limit(model, config.max_completion_length))  # Q·K
-    shape = num, num_generations, config.max_completion_length
-    uniform = uniform_numbers([task.key for task in tasks], *shape, device=model.device)  # [Q, K, G, T]
-    ends = eos_ids(model, tokenizer)
-    out = sampling.sample(model, prompts, uniform.flatten(0, 1), config.temperature, ends, tokenizer.pad_token_id)
+    names, length = [task.key for task in tasks], config.max_completion_length
+    how = config.temperature, template.prefill, config.bf16
+    out, texts = sampling.write(model, tokenizer, prompts, names, num_generations, length, *how)
     tokens, mask, truncated, entropy = (
         t.unflatten(0, (len(tasks), num)) for t in (out.tokens, out.mask, out.truncated, out.entropy)
     )  # [Q, K, G, T] twice, [Q, K, G] twice
     return Batch(
         tasks=tasks,
         prompts=[prompts[q : q + num] for q in range(0, len(prompts), num)],
-        texts=decode(tokenizer, tokens, mask, ends, template.prefill),
+        texts=[texts[q : q + num] for q in range(0, len(texts), num)],
         tokens=tokens,
         mask=mask,
         cot=cot_mask(tokenizer, tokens, mask),
@@ -202,7 +201,8 @@ def sample(model, tokenizer, template, tasks: list[Task], num_generations: int, 
 def read(model, batch: Batch, ot_tokens, config: Config, generations: int = 0) -> Outputs:
     """Each completion under its own principle; for the scores, `generations` of G under all."""
     completions = batch.prompts, batch.tokens, batch.mask, batch.cot
-    outputs = Outputs(*score_matrix(model, *completions, config.temperature, generations, ot_tokens))
+    which = config.temperature, generations, ot_tokens
+    outputs = Outputs(*read_completions(model, *completions, *which, **config.how_read))
     check_finite("a hidden state", outputs.states)
     return outputs
 
@@ -224,7 +224,8 @@ def read_reference(model, reference, batch: Batch, ot_tokens, config: Config):
     """(logp [Q, K, G, T], or None without --beta; states [Q, n, d]) by the frozen reference."""
     completions = batch.prompts, batch.tokens, batch.mask, batch.cot
     with frozen_start(model, reference) as frozen:
-        logp, states, _ = score_matrix(frozen, *completions, config.temperature, 0, ot_tokens, config.beta > 0)
+        which = config.temperature, 0, ot_tokens, config.beta > 0
+        logp, states, _ = read_completions(frozen, *completions, *which, **config.how_read)
     check_finite("a hidden state of the reference", states)
     return logp, states
 
@@ -262,7 +263,8 @@ def reward(question: Question, principle: Principle, text: str) -> float:
 def read_scores(model, batch: Batch, config: Config):
     """The scores of all completions, [Q, G, K, K], that --mi-reward computes the information from."""
     completions = batch.prompts, batch.tokens, batch.mask, batch.cot
-    return score_matrix(model, *completions, config.temperature, batch.tokens.shape[2])[2]  # [Q, G, K, K]
+    which = config.temperature, batch.tokens.shape[2]
+    return read_completions(model, *completions, *which, **config.how_read)[2]  # [Q, G, K, K]
 
 
 def reward_completions(batch: Batch, config: Config, scores=None) -> Rewards:

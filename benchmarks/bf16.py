@@ -32,19 +32,17 @@ from support.prompts import (  # noqa: E402
     eos_ids,  # noqa: E402
 )
 from support.sampling import uniform_numbers  # noqa: E402
-from support.scoring import hidden_states, log_probs  # noqa: E402
+from support.scoring import completion_logp  # noqa: E402
 
 QUESTIONS = ("Why is the sky blue?", "A book costs 4 dollars. What do 3 books cost?")
 
 
 def gradient(model, prompts, completions, advantages, bf16):
     """(flat gradient of the policy loss over all weights, seconds)."""
-    model.bf16 = bf16
     model.zero_grad()
     start = time.perf_counter()
     tokens, mask = completions.tokens, completions.mask  # [P, N, T] both
-    hidden = hidden_states(model, prompts, tokens, mask)  # [P, N, T, d]
-    logp = log_probs(model, hidden, tokens, mask, 1.0)  # [P, N, T]
+    logp = completion_logp(model, prompts, tokens, mask, 1.0, bf16=bf16)  # [P, N, T]
     (advantages * logp.sum(-1)).mean().backward()
     if model.device.type == "cuda":
         torch.cuda.synchronize()

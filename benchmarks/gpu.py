@@ -14,21 +14,28 @@ then, in one run, medians of --rounds after one that warms up:
 
     decode share    (bytes of all weights that a token needs, once, + bytes of its rows' keys and values at their mean
                     length, in the dtype of the products) / bandwidth / seconds of a token, prefill included
+    of it _draw     milliseconds of drawing one token of all rows from their logits, alone
     training share  FLOP of `update` / its seconds / matmul. Counted: 6 per weight and token (head: completion tokens
                     only), and 12 · heads · head_dim · length of what is attended to, per token and layer. Not counted:
                     what is computed twice, as logits, and with --gradient-checkpointing activations, are
+    evaluation, checkpoint    seconds of one of each, as train.py does them
 
-A part that fails says why in its cell, and the rest goes on; gpu.json in --output-dir is written
-anew after each part.
+Micro-batches are what memory.fit chooses for the machine; its line is a cell. A part that fails says why in its
+cell, and the rest goes on; gpu.json in --output-dir is written anew after each part.
 """
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
+import platform
+import re
 import statistics
 import sys
+import tempfile
 import time
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,14 +50,12 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig  # 
 import train  # noqa: E402
 from benchmarks import step  # noqa: E402
 from grpo import group_advantages  # noqa: E402
-from support import (
-    sampling,  # noqa: E402
-    tiny,  # noqa: E402
-)
-from support.model import add_lora  # noqa: E402
+from support import checkpoint, memory, sampling, tiny  # noqa: E402
+from support.attention import use_attention  # noqa: E402
+from support.model import add_lora, frozen_copy  # noqa: E402
 from support.prompts import encode_prompts  # noqa: E402
+from support.run import settle  # noqa: E402
 from support.sampling import uniform_numbers  # noqa: E402
-from support.scoring import ROWS_PER_FORWARD  # noqa: E402
 
 SHAPES = {
     "gemma-3-1b": Gemma3TextConfig(
@@ -66,8 +71,9 @@ SHAPES = {
         num_key_value_heads=2, tie_word_embeddings=True,
     ),
 }
-WORK = {False: "--num-questions 4 --num-principles 4 --num-generations 8 --max-completion-length 256 --micro-batch 128",
-        True: "--num-questions 2 --num-principles 2 --num-generations 2 --max-completion-length 8"}  # for small
+WORK = {False: "--num-questions 4 --num-principles 4 --num-generations 8 --max-completion-length 256 "
+               "--eval-questions 32",
+        True: "--num-questions 2 --num-principles 2 --num-generations 2 --max-completion-length 8 --eval-questions 2"}
 TRL_SETTINGS = {"TRL, defaults": {}, "TRL, best without a server": {
     "gradient_checkpointing": False, "cache_implementation": "static", "optim": "adamw_torch_fused"}}
 
@@ -81,83 +87,118 @@ class Bench:
     """A model of one shape, and what is measured of it."""
 
     def __init__(self, shape, device, flags, rounds, limits):
-        self.flags, self.config = flags, train.parse(["--principles", "-", *flags])
-        self.device, self.rounds, self.limits, self.bf16 = device, rounds, limits, device.type == "cuda"
+        self.flags, self.device, self.rounds, self.limits = flags, device, rounds, limits
         torch.manual_seed(0)
         self.start = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.float32).eval()  # on the CPU
         self.tokenizer = tiny.make_tokenizer()
+        self.config = self.configured()
         self.prompts = encode_prompts(self.tokenizer, step.conversations(self.config, 1))  # Q·K lists of token ids
         self.rows = len(self.prompts) * self.config.num_generations
 
     def configured(self, *flags) -> train.Config:
-        return train.parse(["--principles", "-", *self.flags, *flags])
+        config = train.parse(["--principles", "-", *self.flags, *flags])
+        settle(config, types.SimpleNamespace(device=self.device, parameters=self.start.parameters), self.tokenizer)
+        return config
 
     def state(self, config):
-        """(policy, reference or None with LoRA, optimiser), made as train.train makes them."""
+        """(policy, reference or None with LoRA, optimiser, the line of memory.fit), made as train.train makes them."""
         model = copy.deepcopy(self.start).to(self.device)
-        rows = min(config.rows_at_once, ROWS_PER_FORWARD) if config.gradient_checkpointing else None
-        model.bf16, model.recompute_rows = self.bf16, rows
+        use_attention(model)
         if config.lora_rank:
-            model, reference = add_lora(model, config.lora_rank, config.seed), None
-        else:
-            reference = copy.deepcopy(model).requires_grad_(False)
-        return model, reference, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=config.weight_decay)
+            model = add_lora(model, config.lora_rank, config.seed, config.bf16)
+        longest = sorted(self.prompts, key=len)[-2:]
+        data = types.SimpleNamespace(principles=True, pairs=None, longest_prompts=longest)
+        config.gradient_checkpointing, config.micro_batch, line = memory.fit(model, data, config)
+        print(line, file=sys.stderr, flush=True)
+        reference = None if config.lora_rank else frozen_copy(model, config.bf16)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True)
+        return model, reference, optimizer, line
 
     def sample(self, model, config, number):
         names = [f"{number} {n}" for n in range(len(self.prompts))]
         shape = config.num_generations, config.max_completion_length
         uniform = uniform_numbers(names, *shape, device=self.device)  # [Q·K, G, T]
-        return sampling.sample(model, self.prompts, uniform, config.temperature, [], 0)
+        return sampling.sample(model, self.prompts, uniform, config.temperature, [], 0, config.bf16)
 
-    def batch(self, out, config) -> train.Batch:
-        """What train.sample makes of completions: every other one rewarded, all of each its CoT."""
+    def batch(self, out, config):
+        """(train.Batch, train.Rewards) of completions: every other one rewarded, all of each its CoT."""
         shape = config.num_questions, config.num_principles, config.num_generations
         tokens, mask = out.tokens.reshape(*shape, -1), out.mask.reshape(*shape, -1)  # [Q, K, G, T] both
-        rewards = (torch.arange(self.rows, device=self.device) % 2).float().reshape(shape)  # [Q, K, G]
-        size = min(config.ot_tokens, mask[0].numel())
-        cloud = torch.randperm(mask[0].numel())[:size].to(self.device).expand(shape[0], -1)  # [Q, n]
-        prompts = [self.prompts[q * shape[1] : (q + 1) * shape[1]] for q in range(shape[0])]
-        return train.Batch(
-            tasks=[None] * shape[0], prompts=prompts, texts=[None] * shape[0],
+        values = (torch.arange(self.rows, device=self.device) % 2).float().reshape(shape)  # [Q, K, G]
+        batch = train.Batch(
+            tasks=[train.Task(None, [], f"{q}") for q in range(shape[0])], texts=[None] * shape[0],
+            prompts=[self.prompts[q * shape[1] : (q + 1) * shape[1]] for q in range(shape[0])],
             tokens=tokens, mask=mask, cot=mask,
             truncated=out.truncated.reshape(shape), entropy=out.entropy.reshape(shape),
-            cloud=cloud, weights=torch.full(cloud.shape, 1 / size, device=self.device),  # [Q, n] both
-            rewards=rewards, advantages=group_advantages(rewards),  # [Q, K, G] both
         )
+        return batch, train.Rewards(values, values, group_advantages(values))
 
     def step(self, model, reference, optimizer, config, number) -> dict:
         """Seconds of each phase of a step."""
         clock = [step.now()]
-        batch = self.batch(self.sample(model, config, number), config)
+        out = self.sample(model, config, number)
         clock.append(step.now())
-        return step.finish_step(model, reference, optimizer, batch, config, clock)
+        return step.finish_step(model, reference, optimizer, *self.batch(out, config), config, clock)
+
+    def draw_seconds(self) -> float:
+        """Seconds of drawing one token of all rows: the median of ten."""
+        logits = torch.randn(self.rows, self.start.config.vocab_size, device=self.device)  # [R, V]
+        uniform, times = torch.rand(self.rows, dtype=torch.float64).to(self.device), []  # [R]
+        for _ in range(11):
+            clock = step.now()
+            sampling._draw(logits, uniform)
+            times.append(step.now() - clock)
+        return statistics.median(times[1:])
 
     def measure_step(self, *flags) -> dict:
         """Cells of a step of train.py with these flags besides."""
         config = self.configured(*flags)
-        state = self.state(config)
+        *state, line = self.state(config)
         rounds = [self.step(*state, config, number) for number in range(self.rounds + 1)][1:]
         median = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
-        cells = {f"{key}, s": three(median[key]) for key in (*step.PHASES, "total")}
+        cells = {"memory": line.removeprefix("memory: ")}
+        cells |= {f"{key}, s": three(median[key]) for key in (*step.PHASES, "total")}
         token = median["sample"] / config.max_completion_length
+        cells |= {"a token, ms": three(1e3 * token), "of it _draw, ms": three(1e3 * self.draw_seconds())}
         cells["decode tokens/s"] = round(self.rows / token)
         cells["decode share"] = three(self.decode_bytes(config) / token / self.limits["bandwidth"])
         flop = self.training_flop(config)
         cells["training TFLOP/s"] = three(flop / median["update"] / 1e12)
         cells["training share"] = three(flop / median["update"] / self.limits["matmul"])
-        cells["peak GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 1) if self.bf16 else "no GPU"
+        if self.device.type == "cuda":
+            cells["peak GB"] = three(torch.cuda.max_memory_allocated() / 1e9)
         return cells
+
+    def measure_around(self) -> dict:
+        """Cells of an evaluation, and of writing a checkpoint."""
+        config = self.configured()
+        model, reference, optimizer, _ = self.state(config)
+        self.step(model, reference, optimizer, config, 0)  # AdamW has moments from now on
+        held_out = tiny.make_questions(config.eval_questions, held_out=True)
+        data = types.SimpleNamespace(principles=tiny.principles(), held_out=held_out)
+        clock = [step.now()]
+        train.evaluate(model, reference, self.tokenizer, data, config)
+        clock.append(step.now())
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text("{}")
+            path = checkpoint.save(Path(folder), dict(model.named_parameters()), optimizer, {"step": 1})
+            clock.append(step.now())
+            size = path.stat().st_size
+        evaluated, written = (b - a for a, b in zip(clock, clock[1:]))
+        return {f"evaluation of {config.eval_questions} questions, s": three(evaluated),
+                "checkpoint, s": three(written), "checkpoint, GB": three(size / 1e9)}
 
     def measure_trl(self, settings) -> dict:
         """TRL's step and, in turn with it, our GRPO step."""
         import trl  # noqa: F401  absent: said before a model is made
 
-        state, config = self.state(self.config), self.configured(*step.VARIANTS["GRPO"])
+        config = self.configured(*step.VARIANTS["GRPO"])
+        *state, _ = self.state(config)
         ours = {"GRPO": lambda number: self.step(*state, config, number)}
         settings = {  # a quarter of the rows in a pass: the logits of all take more memory than the model
             "per_device_train_batch_size": self.rows // 4, "gradient_accumulation_steps": 4,
             "generation_kwargs": {"min_new_tokens": self.config.max_completion_length},
-            **settings, **({} if self.bf16 else step.ON_CPU),
+            **settings, **({} if self.device.type == "cuda" else step.ON_CPU),
         }
         model = copy.deepcopy(self.start).to(self.device)
         rounds = step.rounds_beside_trl(ours, settings, self.config, model, self.tokenizer, self.rounds)
@@ -167,7 +208,7 @@ class Bench:
 
     def decode_bytes(self, config) -> float:
         """Bytes that one token of all rows must read: see the top of this file."""
-        shape, size = self.start.config, 2 if self.bf16 else 4
+        shape, size = self.start.config, 2 if config.bf16 else 4
         length = self.prompt_length() + config.max_completion_length / 2
         states = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim  # numbers of one position
         return size * (sum(p.numel() for p in self.start.parameters()) + self.rows * length * states)
@@ -177,7 +218,7 @@ class Bench:
         shape, prompt, new = self.start.config, self.prompt_length(), config.max_completion_length
         head = shape.vocab_size * shape.hidden_size
         body = sum(p.numel() for p in self.start.parameters()) - head  # both shapes tie head and embedding
-        completions = config.num_questions * config.rows_of_a_question * new
+        completions = config.num_questions * config.rows_per_question * new
         prompts = len(self.prompts) * prompt
         attention = 12 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
         attended = completions * (prompt + new / 2) + prompts * prompt / 2
@@ -190,18 +231,19 @@ class Bench:
 PARTS = {  # what has not run on a GPU yet comes late: after an error there nothing else may run
     "GRPO": lambda bench: bench.measure_step(*step.VARIANTS["GRPO"]),
     "ENIGMA": lambda bench: bench.measure_step(),
+    "around": lambda bench: bench.measure_around(),
     "ENIGMA --gradient-checkpointing": lambda bench: bench.measure_step("--gradient-checkpointing", "True"),
     "ENIGMA --lora-rank 16 --gradient-checkpointing":
         lambda bench: bench.measure_step("--lora-rank", "16", "--gradient-checkpointing", "True"),
 } | {name: lambda bench, settings=settings: bench.measure_trl(settings) for name, settings in TRL_SETTINGS.items()}
 
 
-def machine_limits(device) -> dict:
+def machine_limits(device, small: bool) -> dict:
     """FLOP/s of a product and bytes/s of a copy: the best of ten, since these are ceilings."""
-    cuda = device.type == "cuda"
-    matrix = torch.randn(8192 if cuda else 512, 8192 if cuda else 512, device=device)  # [n, n]
-    matrix = matrix.bfloat16() if cuda else matrix
-    block = torch.zeros(2**30 if cuda else 2**24, device=device)  # 4 GB in float32
+    side = 512 if small else 8192
+    matrix = torch.randn(side, side, device=device)  # [n, n]
+    matrix = matrix.bfloat16() if device.type == "cuda" else matrix
+    block = torch.zeros(2**24 if small else 2**30, device=device)  # 4 GB in float32, or 64 MB
     other = torch.empty_like(block)
 
     def seconds(function):
@@ -216,7 +258,14 @@ def machine_limits(device) -> dict:
             "bandwidth": 2 * block.nbytes / seconds(lambda: other.copy_(block))}
 
 
-def guarded(function, *arguments) -> dict:
+def cpu_name() -> str:
+    """What Linux calls the processor; elsewhere its architecture."""
+    with contextlib.suppress(OSError, TypeError):
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    return platform.machine()
+
+
+def measured(function, *arguments) -> dict:
     """The cells that the function returns, or one that says why there are none."""
     gc.collect()
     if torch.cuda.is_available():
@@ -253,19 +302,20 @@ def main() -> None:
         parser.error("no GPU is to be seen; --device cpu --shape small shows that the script runs")
     end, device = time.perf_counter() + 60 * args.minutes, torch.device(args.device)
     transformers.utils.logging.set_verbosity_error()
-    limits = machine_limits(device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    shapes = args.shape or ["gemma-3-1b", "llama-3.2-1b"]
+    limits = machine_limits(device, shapes == ["small"])
+    name = f"{torch.cuda.get_device_name()}, " if device.type == "cuda" else ""
+    name += cpu_name()  # which launches every kernel: decoding waits for it
     results = {"machine": name, "torch": torch.__version__, "transformers": transformers.__version__, **limits,
                "shapes": {}}
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}: matmul "
           f"{limits['matmul'] / 1e12:.2f} TFLOP/s, copy {limits['bandwidth'] / 1e9:.0f} GB/s")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    shapes = args.shape or ["gemma-3-1b", "llama-3.2-1b"]
     benches = {s: Bench(s, device, [*WORK[s == "small"].split(), *extra], args.rounds, limits) for s in shapes}
     for part, measure in PARTS.items():
         for shape, bench in benches.items():
             over = time.perf_counter() > end
-            cells = {"": "left out: no time"} if over else guarded(measure, bench)
+            cells = {"": "left out: no time"} if over else measured(measure, bench)
             print(f"{part}, {shape}: {cells}", file=sys.stderr, flush=True)
             results["shapes"].setdefault(shape, {})[part] = cells
             (args.output_dir / "gpu.json").write_text(json.dumps(results, indent=1))

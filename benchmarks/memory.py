@@ -3,7 +3,7 @@
     python benchmarks/memory.py                              # all three; 16 GB of memory, 18 minutes on two cores
     python benchmarks/memory.py --parts logits estimate      # without the 1B models
 
-    logits     log_probs with gradient against the full logits: 8 x 512 tokens, V = 262144,
+    logits     token_log_probs with gradient against the full logits: 8 x 512 tokens, V = 262144,
                d = 1152
     estimate   the line that train.py prints before training against what two steps then took: of
                SmolLM2-135M-Instruct where experiments/smollm2.py has put it, else of a random model
@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from support.scoring import log_probs  # noqa: E402
+from support.scoring import token_log_probs  # noqa: E402
 
 MIDDLE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
 BILLION = {  # the published configurations of the two
@@ -73,7 +73,7 @@ def measure_logits(variant: str, rows: int, tokens: int, vocabulary: int, width:
     if variant == "full logits":
         logp = model.lm_head(hidden).log_softmax(-1).gather(-1, targets[..., None])[..., 0]  # [N, T]
     else:
-        logp = log_probs(model, hidden, targets, torch.ones_like(targets, dtype=torch.bool), 1.0)  # [N, T]
+        logp = token_log_probs(model, hidden.flatten(0, 1), targets.flatten(), 1.0).reshape(rows, tokens)  # [N, T]
     (logp * torch.randn(rows, tokens, generator=torch.Generator().manual_seed(1))).sum().backward()
     checksum = hidden.grad.norm().item(), model.lm_head.weight.grad.norm().item()
     print(json.dumps({"gb": (peak() - before) / 1e9, "cpu_seconds": time.process_time() - start[0],
@@ -129,9 +129,9 @@ def child(*arguments) -> dict:
 
 def logits(args) -> dict:
     sizes = args.rows, args.tokens, args.vocabulary, args.width
-    rounds = [{v: child("measure_logits", v, *sizes) for v in ("full logits", "policy.log_probs")}
+    rounds = [{v: child("measure_logits", v, *sizes) for v in ("full logits", "token_log_probs")}
               for _ in range(args.rounds)]
-    ratio = {key: statistics.median(r["policy.log_probs"][key] / r["full logits"][key] for r in rounds)
+    ratio = {key: statistics.median(r["token_log_probs"][key] / r["full logits"][key] for r in rounds)
              for key in ("gb", "cpu_seconds", "seconds")}
     print(f"\nlog-probabilities with gradient, {args.rows} x {args.tokens} tokens, V = {args.vocabulary}, "
           f"d = {args.width}, the head's gradient included\n\n"

@@ -34,7 +34,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import train  # noqa: E402
-from support import tiny  # noqa: E402
+from support import sampling, tiny  # noqa: E402
 from support.data import make_template, questions_of  # noqa: E402
 from support.prompts import build_messages  # noqa: E402
 from support.rows import LeftOut  # noqa: E402
@@ -204,14 +204,14 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, medians of {args.rounds} rounds, seconds")
     tables = {}
     if args.growth:
-        ends, train.eos_ids = train.eos_ids, lambda *_: []  # every completion as long as it may be
+        ends, sampling.eos_ids = sampling.eos_ids, lambda *_: []  # every completion as long as it may be
         for flag, sizes in GROWTH.items():
             runs = {f"{n}, {size}": run for size in sizes for n, run in steppers(
                 {n: VARIANTS[n] for n in ("GRPO", "ENIGMA")}, [*extra, flag, str(size)]).items()}
             base = f"GRPO, {sizes[0]}"
             tables[flag] = summarise(take_turns(runs), base)
             print_table(tables[flag], base, flag)
-        train.eos_ids = ends
+        sampling.eos_ids = ends
     elif args.price:
         rounds = take_turns(steppers(price_variants(config.num_generations), extra))
         tables["price"] = summarise(rounds, "GRPO")

@@ -30,7 +30,8 @@ VARIANTS = {
 }
 COLUMNS = ("format", "accuracy", "si", "follows", "sinkhorn", "completion_length")
 MEASURE = """
-import json, sys, torch, policy
+import json, sys, torch
+from support.model import load_model
 sys.path.insert(0, "tiny-model")
 import build
 print(json.dumps(build.measure(*load_model(sys.argv[1], torch.device("cpu")), 128)["follows"]))

@@ -50,18 +50,21 @@ def pulls(model: Path, principles: Path) -> dict:
     trained, start, tokenizer, data = start_of(config)
     tasks = train.draw(data.questions, data.principles, config, 0)
     batch = train.sample(trained, tokenizer, data.template, tasks, config.num_generations, config)
-    batch.start = train.read_start(trained, start, batch, config)
+    tokens, weights = train.choose_ot_tokens(batch, config)  # [Q, n] both
+    _, of_start = train.read_reference(trained, start, batch, tokens, config)  # [Q, n, d]
     with torch.no_grad():
-        states = train.read(trained, batch, config).states  # [Q, n, d]
-    value, pull = value_and_pull(lambda states: squared_distance(states, batch), states)
+        states = train.read(trained, batch, tokens, config).states  # [Q, n, d]
+    value, pull = value_and_pull(lambda states: squared_distance(states, of_start, weights), states)
     found = {"squared": value}
     for config.ot_eps in (10, 1, 0.1, 0.01):
-        value, other = value_and_pull(lambda states: train.drift(states, batch, config)[0], states)
+        value, other = value_and_pull(lambda states: train.drift(states, of_start, weights, config)[0], states)
         found |= {f"S, {config.ot_eps}": value, f"cosine, {config.ot_eps}": cosine(pull, other).mean().item()}
     tasks = [train.Task(task.question, task.principles, f"{task.key} start") for task in tasks]  # other lots
     own = train.sample(start, tokenizer, data.template, tasks, config.num_generations, config)
-    batch.start, config.ot_eps = train.read_start(start, start, own, config), 0.1  # both clouds are full
-    return found | {"own": train.drift(states, batch, config)[0].mean().item()}
+    config.ot_eps = 0.1
+    own_tokens, _ = train.choose_ot_tokens(own, config)  # [Q, n] both clouds are full: their weights are the same
+    _, own_states = train.read_reference(start, start, own, own_tokens, config)  # [Q, n, d]
+    return found | {"own": train.drift(states, own_states, weights, config)[0].mean().item()}
 
 
 def value_and_pull(anchor, states):
@@ -82,10 +85,12 @@ def noise(flags) -> dict:
             model, tokenizer, data.template, train.draw(data.questions, data.principles, config, step),
             config.num_generations, config,
         )
-        train.add_rewards(batch, config, model)
-        batch.start = train.read_start(model, start, batch, config)
-        now = train.read(model, batch, config, config.mi_generations if config.lambda_mi else 0)
-        train.losses(now, batch, config)[0].backward()
+        scores = train.read_scores(model, batch, config) if config.mi_reward else None  # [Q, G, K, K]
+        rewards = train.reward_completions(batch, config, scores)
+        targets = train.make_targets(model, start, batch, rewards, config)
+        generations = config.mi_generations if config.lambda_mi else 0
+        outputs = train.read(model, batch, targets.ot_tokens, config, generations)
+        train.losses(outputs, batch, targets, config)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # [weights]
         model.zero_grad()
     gradients = torch.stack(gradients)  # [BATCHES, weights]

@@ -1,31 +1,38 @@
-"""ENIGMA on a real model: SmolLM2-135M-Instruct, real questions, principles with visible marks.
+"""What ENIGMA and GRPO alone do to a real model: SmolLM2-135M-Instruct, real questions, visible marks.
 
     pip install -r requirements.txt -r experiments/requirements.txt
-    python experiments/real.py            # half an hour for each training on one core
+    python experiments/real.py                              # questions from the hub
+    python experiments/real.py --data FOLDER                # from gsm8k_train.jsonl and truthfulqa_mc.json there
+    python experiments/real.py --arms ENIGMA --seeds 0 --jobs 1 --limit 120
 
-The same command goes on where it was stopped. In order, each part skipped where its result is in
---output-dir already, a training resumed at its last checkpoint:
+Asks whether format, following of the principles and SI rise together, and what the model believes
+(TruthfulQA) stays. The same command goes on where it was stopped: each part is skipped where its
+result is in --output-dir, a training resumed at its last checkpoint. Trainings run side by side
+(--jobs), one thread each; DIRECTORY.log shows how one goes. In order:
 
     questions    texts of GSM8K (train) and of one half of TruthfulQA; nothing rewards an answer
-    trainings    GRPO alone and ENIGMA, for each seed, by the command line of train.py
+    trainings    each arm on each seed, by the command line of train.py
     following    one completion of each held-out question under each principle: does it show the
                  mark of its principle?
     TruthfulQA   mc1 and mc2 on the other half, by the tasks and the scoring of lm-eval
 
-Writes real.json and real.png and prints the table. Flags not listed here go to train.py. The mark
-of a principle is found by the regular expressions below: no loss and no metric of the training
-sees them.
+On one quiet core of an AMD EPYC without bfloat16 instructions a step takes 40 to 60 seconds, a
+training with its evaluations 35 to 50 minutes, following 3, TruthfulQA 6 with --limit 120: with
+both arms and three seeds five hours of one core.
+
+Writes real.json and real.png; prints the means over seeds, each seed beside its own start, and the
+first ten completions. Flags not listed here go to train.py, and win over the arms'. The mark of a
+principle is found by the regular expressions below: no loss and no metric of the training sees
+them. experiments/real_studies.py goes on from here.
 """
 
 import argparse
 import hashlib
 import json
+import random
 import re
-import shutil
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,13 +44,21 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from experiments import smollm2  # noqa: E402
-from experiments.common import read_lines  # noqa: E402
+from experiments.common import (  # noqa: E402
+    interval_cell,
+    markdown,
+    read_lines,
+    run_script,
+    run_training,
+    side_by_side,
+    training_minutes,
+    write_lines,
+)
 from support.command import parse  # noqa: E402
 from support.data import load_data  # noqa: E402
 from support.model import load_model  # noqa: E402
 from support.report import write_plot  # noqa: E402
-from support.scoring import hidden_states, log_probs  # noqa: E402
-from support.writing import write_aside  # noqa: E402
+from support.scoring import completion_logp  # noqa: E402
 from train import Task, load, sample  # noqa: E402
 
 POOL = ROOT / "principles" / "pool.txt"
@@ -53,17 +68,17 @@ MAX_CHARACTERS = 200  # of a question of GSM8K: prompts cost as much as completi
 PROMPT = ("--temperature", 0.8, "--max-completion-length", 48)
 RECIPE = (  # of every arm
     "--num-questions", 1, "--num-principles", 4, "--num-generations", 4, "--max-steps", 36, "--learning-rate", 1.5e-5,
-    "--warmup-steps", 2, "--eval-questions", 24, "--eval-steps", 0, "--save-steps", 10, "--save-total-limit", 1,
+    "--warmup-steps", 2, "--eval-questions", 48, "--eval-steps", 0, "--save-steps", 6, "--save-total-limit", 1,
 )
-ARMS = {
+ARMS = {  # name -> its flags of train.py
     "GRPO": ("--lambda-mi", 0, "--lambda-ot", 0),
     "ENIGMA": ("--lambda-mi", 0, "--mi-reward", 1.0, "--lambda-ot", 0.003),  # information as a reward
 }
+SEEDS = (0, 1, 90210)
 FIGURES = {  # column -> name in eval.json
     "format": "format", "SI": "si", "accuracy": "accuracy", "drift": "sinkhorn", "tokens": "completion_length",
 }
 COLUMNS = ("format", "follows", "SI", "accuracy", "drift", "tokens", "mc1", "mc2", "minutes")
-SHARED = ROOT.parent / "shared" / "data"  # the questions as files, if there; else from the hub
 
 
 def says(pattern):
@@ -95,26 +110,33 @@ def follows(principle: str, text: str) -> bool:
 
     One of fewer than MIN_WORDS does not: "Because." names the principle and says nothing.
     """
-    chain = text.split("<reasoning>", 1)[-1].split("</reasoning>")[0]
+    chain = chain_of(text)
     return len(chain.split()) >= MIN_WORDS and MARKS[principle](chain)
+
+
+def chain_of(text: str) -> str:
+    """The chain of thought of a completion."""
+    return text.split("<reasoning>", 1)[-1].split("</reasoning>")[0]
 
 
 # --------------------------------------------------------------------------------------------------
 # Questions
 
-FILES = {"gsm8k": "gsm8k_train.jsonl", "truthfulqa": "truthfulqa_mc.json"}  # in SHARED
+FILES = {"gsm8k": "gsm8k_train.jsonl", "truthfulqa": "truthfulqa_mc.json"}  # in the folder of --data
 HUB = {
     "gsm8k": ("openai/gsm8k", "main", "train"),
     "truthfulqa": ("truthfulqa/truthful_qa", "multiple_choice", "validation"),
 }
 
 
-def rows_of(name: str):
-    """Rows of a data set: a file of ../shared/data, or of the hub."""
-    path = SHARED / FILES[name]
-    if path.exists():
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+def rows_of(name: str, folder: Path | None):
+    """Rows of a data set, from its file in the folder, else from the hub."""
+    if folder:
+        try:
+            text = (folder / FILES[name]).read_text(encoding="utf-8")
+        except OSError as error:
+            raise SystemExit(f"error: --data: {error}; a folder with {' and '.join(FILES.values())}") from None
+        return json.loads(text) if FILES[name].endswith(".json") else [json.loads(line) for line in text.splitlines()]
     import datasets  # only here: a heavy import
 
     source = HUB[name]
@@ -136,63 +158,52 @@ def in_first_half(question: str) -> bool:
     return hashlib.sha256(question.encode()).digest()[0] < 128
 
 
-def write_questions(directory: Path) -> tuple[Path, Path]:
-    """(questions.jsonl to train with; truthfulqa.jsonl with the other half, as lm-eval has it).
+def write_questions(directory: Path, folder: Path | None) -> dict[str, Path]:
+    """Name -> file of questions. The answers to GSM8K are there for the accuracy alone.
 
-    The answers to GSM8K are there for the accuracy alone.
+    all: of both sets, what the arms train with and are reported on. sums, truth: the part of `all`
+    from GSM8K, and that from TruthfulQA. choice: others of GSM8K, for whatever is chosen before a
+    training. test: the other half of TruthfulQA, as lm-eval has it.
     """
-    train, test = directory / "questions.jsonl", directory / "truthfulqa.jsonl"
-    if not test.exists():
-        truthful = rows_of("truthfulqa")
-        first = [{"question": row["question"]} for row in truthful if in_first_half(row["question"])]
+    names = {
+        "all": "questions.jsonl", "sums": "sums.jsonl", "truth": "truth.jsonl", "choice": "choice.jsonl",
+        "test": "truthfulqa.jsonl",
+    }
+    files = {name: directory / file for name, file in names.items()}
+    if not all(path.exists() for path in files.values()):
+        truthful = rows_of("truthfulqa", folder)
+        truth = [{"question": row["question"]} for row in truthful if in_first_half(row["question"])]
         sums = [
             {"question": row["question"], "answer": row["answer"]}
-            for row in rows_of("gsm8k") if len(row["question"]) <= MAX_CHARACTERS
+            for row in rows_of("gsm8k", folder) if len(row["question"]) <= MAX_CHARACTERS
         ]
         sums.sort(key=lambda row: hashlib.sha256(row["question"].encode()).digest())
-        write_lines(train, first + sums[: len(first)])  # as many of each
-        write_lines(test, [
+        sums, others = sums[: len(truth)], sums[len(truth) : 2 * len(truth)]  # as many of each
+        test = [
             {"question": row["question"]} | {
                 key: {"choices": list(row[key]), "labels": list(row[key].values())}
                 for key in ("mc1_targets", "mc2_targets")
             } for row in truthful if not in_first_half(row["question"])
-        ])
-    return train, test
-
-
-def write_lines(path: Path, rows) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        ]
+        for path, rows in zip(files.values(), (truth + sums, sums, truth, others, test), strict=True):
+            write_lines(path, rows)
+    return files
 
 
 # --------------------------------------------------------------------------------------------------
-# Trainings, and what their completions show
+# What a model's completions show
 
 
-def run_command(*arguments) -> None:
-    """`python ARGUMENTS` in the repository; what it prints is seen."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT)
-    if done.returncode:
-        raise SystemExit(f"error: python {' '.join(map(str, arguments))} ended with status {done.returncode}")
+def ask(args, folder: Path, path: Path, flags) -> list[dict]:
+    """The rows of write_completions, from `path` where they are there already; else in a process of its own."""
+    if not path.exists():
+        run_script(__file__, "--completions", folder, path, *flags)
+    return read_lines(path)
 
 
-def train(directory: Path, flags) -> None:
-    """train.py with these flags, from where it stopped."""
-    if (directory / "final").exists():
-        return
-    start = time.time()
-    resume = ["--resume", directory] if (directory / "checkpoints").exists() else ["--output-dir", directory, *flags]
-    if not (directory / "checkpoints").exists():
-        shutil.rmtree(directory, ignore_errors=True)  # stopped before its first checkpoint
-    run_command("train.py", *resume)
-    minutes = directory / "minutes.json"
-    before = json.loads(minutes.read_text()) if minutes.exists() else 0
-    minutes.write_text(json.dumps(before + (time.time() - start) / 60))
-
-
-def write_completions(model_folder: Path, flags, path: Path) -> None:
-    """One completion of each question that train.py holds out, under each principle, to `path`."""
-    config = parse([*map(str, flags), "--model", str(model_folder)])
+def write_completions(model_folder: str, path: str, *flags) -> None:
+    """One completion of each question that train.py holds out with these flags, under each principle."""
+    config = parse([*map(str, flags), "--model", model_folder])
     model, tokenizer = load(config)
     data = load_data(model, tokenizer, config)
     rows = []
@@ -203,7 +214,23 @@ def write_completions(model_folder: Path, flags, path: Path) -> None:
             {"question": question.text, "principle": p.text, "text": text, "follows": follows(p.text, text)}
             for p, (text,) in zip(data.principles, texts)
         ]
-    write_lines(path, rows)
+    write_lines(Path(path), rows)
+
+
+def following(rows: list[dict], before: list[dict] | None = None) -> tuple[float, float]:
+    """(share of completions that follow, its standard error over questions by bootstrap).
+
+    With `before`, answers of another model to the same questions: the difference of the two.
+    """
+    by_question = {}
+    for sign, answers in ((1, rows), (-1, before or [])):
+        for row in answers:
+            by_question.setdefault(row["question"], []).append(sign * row["follows"])
+    signs = 2 if before else 1
+    values = [signs * statistics.mean(found) for found in by_question.values()]
+    rng = random.Random(0)
+    means = [statistics.mean(rng.choices(values, k=len(values))) for _ in range(1000)]
+    return statistics.mean(values), statistics.stdev(means)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -262,59 +289,105 @@ def log_likelihoods(model_folder: Path, pairs) -> list[tuple[float, bool]]:
         for p, rows in enumerate(answers):
             for n, ids in enumerate(rows):
                 tokens[p, n, : len(ids)], mask[p, n, : len(ids)] = torch.tensor(ids), True
-        hidden = hidden_states(model, prompts, tokens, mask)  # [P, N, T, d]
-        sums = log_probs(model, hidden, tokens, mask, 1.0).sum(-1)  # [P, N]
+        sums = completion_logp(model, prompts, tokens, mask, 1.0).sum(-1)  # [P, N]
         for p, context in enumerate(some):
             found |= {(context, answer): sums[p, n].item() for n, answer in enumerate(by_context[context])}
     return [(found[pair], False) for pair in pairs]
 
 
 # --------------------------------------------------------------------------------------------------
-# Table, plot, command line
+# Arms, tables, plot, command line
 
 
-def collect(directory: Path, arms, seeds: int) -> dict:
-    """arm -> list over seeds of {measure: value}; "start" is what the trained arms began from."""
-    results = {"start": [], **{name: [] for name in arms}}
-    for seed in range(seeds):
-        for name in results:
-            run = directory / f"{name if name != 'start' else next(iter(arms))}-{seed}"
-            evals = json.loads((run / "eval.json").read_text())["start" if name == "start" else "end"]
-            row = {column: evals[key]["mean"] for column, key in FIGURES.items() if key in evals}
-            shown = read_lines(directory / f"completions-{name}-{seed}.jsonl")
-            row["follows"] = statistics.mean(line["follows"] for line in shown)
-            for key, (share, error) in read_lines(directory / f"truthfulqa-{name}-{seed}.json")[0].items():
-                row |= {key: share, f"{key}_error": error}
-            row["minutes"] = 0.0 if name == "start" else json.loads((run / "minutes.json").read_text())
-            results[name].append(row)
-    return results
+def flags_of(args, seed: int, *more, dataset: str = "all") -> list:
+    """The flags of train.py that all arms share; later ones win, those of the command line last."""
+    files = "--principles", PRINCIPLES, "--dataset", args.questions[dataset], "--seed", seed
+    return [*files, *PROMPT, *RECIPE, *more, *args.extra]
+
+
+def run_arm(name: str, seed: int, args, flags, script=("train.py",)) -> dict:
+    """{"start": measures, "end": measures} of one arm on one seed, trained where that is not done."""
+    run = args.output_dir / f"{name}-{seed}"
+    flags = flags_of(args, seed, *flags)
+    evals = run_training(run, *flags, "--model", args.model, script=script)
+    found = {}
+    for when, folder, asked in (("start", args.model, f"start-{seed}"), ("end", run / "final", run.name)):
+        row = {column: evals[when][key]["mean"] for column, key in FIGURES.items() if key in evals[when]}
+        row["follows"], row["follows_error"] = following(
+            ask(args, folder, args.output_dir / f"completions-{asked}.jsonl", flags)
+        )
+        scored = args.output_dir / f"truthfulqa-{'start' if when == 'start' else asked}.json"
+        if not scored.exists():
+            run_script(__file__, "--truthfulqa", folder, args.questions["test"], args.limit or 0, scored)
+        for key, (share, error) in json.loads(scored.read_text()).items():
+            row |= {key: share, f"{key}_error": error}
+        found[when] = row
+    found["end"]["minutes"] = training_minutes(run)
+    return found
+
+
+def run_arms(args, arms: dict, seeds) -> dict:
+    """arm -> {seed: measures}; "start" is what the first arm began from."""
+    first = next(iter(arms))
+    if not (args.output_dir / "truthfulqa-start.json").exists():  # once, not by two arms at a time
+        run_script(
+            __file__, "--truthfulqa", args.model, args.questions["test"], args.limit or 0,
+            args.output_dir / "truthfulqa-start.json",
+        )
+    for seed in seeds:  # the same
+        ask(args, args.model, args.output_dir / f"completions-start-{seed}.jsonl", flags_of(args, seed, *arms[first]))
+    jobs = [(name, seed) for seed in seeds for name in arms]
+    found = side_by_side(lambda name, seed: run_arm(name, seed, args, arms[name]), jobs, args.jobs)
+    starts = {seed: found[first, seed]["start"] for seed in seeds}
+    return {"start": starts} | {name: {seed: found[name, seed]["end"] for seed in seeds} for name in arms}
+
+
+def digits(column: str) -> int:
+    return 0 if column == "minutes" else 3 if column.startswith("mc") else 2
 
 
 def table(results: dict) -> str:
-    """Markdown: the mean over seeds, and each seed's value; of mc1 and mc2 the standard error."""
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, rows in results.items():
-        cells = []
-        for column in COLUMNS:
-            values = [row[column] if abs(row[column]) > 1e-6 else 0.0 for row in rows if column in row]  # no -0.00
-            if not values:
-                cells.append("")
-                continue
-            digits = 0 if column == "minutes" else 3 if column.startswith("mc") else 2
-            mean = f"{statistics.mean(values):.{digits}f}"
-            if f"{column}_error" in rows[0]:
-                cells.append(f"{mean} ± {statistics.mean(row[f'{column}_error'] for row in rows):.3f}")
-            else:
-                cells.append(f"{mean} (" + ", ".join(f"{value:.{digits}f}" for value in values) + ")")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    """Means over seeds, ± half the 95% interval over seeds."""
+    rows = [
+        [name, *(interval_cell([row[c] for row in by_seed.values() if c in row], digits(c)) for c in COLUMNS)]
+        for name, by_seed in results.items()
+    ]
+    return markdown(["", *COLUMNS], rows)
+
+
+def table_by_seed(results: dict) -> str:
+    """Each arm on each seed, "its start → its end"; ± the standard error over questions of the end."""
+    def cell(start, end, column):
+        if column not in end:
+            return ""
+        error = f" ± {end[f'{column}_error']:.{digits(column)}f}" if f"{column}_error" in end else ""
+        values = [round(row[column], digits(column)) + 0.0 for row in (start, end) if column in row]  # + 0.0: no -0.00
+        return " → ".join(f"{value:.{digits(column)}f}" for value in values) + error
+
+    rows = [
+        [name, seed, *(cell(results["start"][seed], row, column) for column in COLUMNS)]
+        for name, by_seed in results.items() if name != "start" for seed, row in by_seed.items()
+    ]
+    return markdown(["", "seed", *COLUMNS], rows)
+
+
+def ten_completions(directory: Path, names) -> str:
+    """The first ten completions of each model, unselected, cut at 170 characters."""
+    def cell(text):
+        return "`" + (text if len(text) <= 170 else text[:169] + "…").replace("\n", " ").replace("|", "\\|") + "`"
+
+    answers = [read_lines(directory / f"completions-{name}.jsonl")[:10] for name in names]
+    return markdown(
+        ["principle", *names], [[row[0]["principle"], *(cell(one["text"]) for one in row)] for row in zip(*answers)]
+    )
 
 
 def plot(pyplot, results: dict):
     columns = [column for column in COLUMNS if column not in ("minutes", "accuracy")]
     figure, axes = pyplot.subplots(1, len(columns), figsize=(2.3 * len(columns), 3), layout="constrained")
     for axis, column in zip(axes, columns, strict=True):
-        for place, rows in enumerate(results.values()):
+        for place, by_seed in enumerate(results.values()):
+            rows = [row for row in by_seed.values() if column in row]
             values = [row[column] for row in rows]
             error = statistics.mean(row[f"{column}_error"] for row in rows) if f"{column}_error" in rows[0] else None
             axis.bar(place, statistics.mean(values), 0.7, yerr=error, color=f"C{place}", alpha=0.5, capsize=4)
@@ -324,45 +397,42 @@ def plot(pyplot, results: dict):
     return figure
 
 
-def make_parser(doc: str, name: str) -> argparse.ArgumentParser:
-    """The flags of the benchmarks on a real model; results go to runs/<name> by default."""
+def make_parser(doc: str, name: str, seeds=SEEDS) -> argparse.ArgumentParser:
+    """The flags of the experiments on a real model; results go to runs/<name> by default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / name)
     parser.add_argument("--model", type=Path, help="a folder; else SmolLM2, made by experiments/smollm2.py")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--data", type=Path, help=f"folder with {' and '.join(FILES.values())}; else the hub's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side, one thread each")
     parser.add_argument("--limit", type=int, help="questions of TruthfulQA; all of its half if not given")
     return parser
 
 
-def model_folder(args) -> Path:
-    """That of --model, or of SmolLM2, which is made where it is missing."""
-    return (args.model or smollm2.make(smollm2.default_folder())).resolve()
+def settings(parser: argparse.ArgumentParser):
+    """The command line: the folder of the model and the questions' files are there, what is left is `extra`."""
+    args, args.extra = parser.parse_known_args()
+    args.output_dir = args.output_dir.resolve()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    args.model = (args.model or smollm2.make(smollm2.default_folder())).resolve()
+    args.questions = write_questions(args.output_dir, args.data)
+    return args
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--completions"]:  # these two in processes of their own, on one thread
+        return write_completions(*sys.argv[2:])
+    if sys.argv[1:2] == ["--truthfulqa"]:
+        folder, rows, limit, path = sys.argv[2:]
+        return write_lines(Path(path), [truthfulqa(Path(folder), Path(rows), int(limit) or None)])
     parser = make_parser(__doc__, "real")
-    args, extra = parser.parse_known_args()  # what is left goes to train.py
-    directory = args.output_dir.resolve()
-    directory.mkdir(parents=True, exist_ok=True)
-    model = model_folder(args)
-    questions, test = write_questions(directory)
-
-    for seed in range(args.seeds):
-        flags = ["--principles", PRINCIPLES, "--dataset", questions, "--seed", seed, *PROMPT, *RECIPE, *extra]
-        for name, weights in ARMS.items():
-            train(directory / f"{name}-{seed}", ["--model", model, *flags, *weights])
-        for name in ("start", *ARMS):
-            folder = model if name == "start" else directory / f"{name}-{seed}" / "final"
-            if not (path := directory / f"completions-{name}-{seed}.jsonl").exists():
-                write_completions(folder, flags, path)
-            if not (path := directory / f"truthfulqa-{name}-{seed}.json").exists():
-                same = directory / "truthfulqa-start-0.json"  # the start is one model for all seeds
-                again = name == "start" and same.exists()
-                write_lines(path, read_lines(same) if again else [truthfulqa(folder, test, args.limit)])
-    results = collect(directory, ARMS, args.seeds)
-    (directory / "real.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
-    write_plot(directory / "real.json", lambda pyplot: plot(pyplot, results))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    args = settings(parser)
+    results = run_arms(args, {name: ARMS[name] for name in args.arms}, args.seeds)
+    (args.output_dir / "real.json").write_text(json.dumps(results, indent=1) + "\n")
+    names = [f"{name}-{args.seeds[0]}" for name in results]
+    print(table(results), table_by_seed(results), ten_completions(args.output_dir, names), sep="\n\n")
+    write_plot(args.output_dir / "real.json", lambda pyplot: plot(pyplot, results))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """InfoPO against DPO on a real model: right and wrong answers to the questions of TruthfulQA.
 
     pip install -r requirements.txt -r experiments/requirements.txt
-    python experiments/real_pairs.py
+    python experiments/real_pairs.py            # --data FOLDER, as experiments/real.py
 
 The halves, the model and the scoring are those of experiments/real.py. One half's questions make the
 pairs, "Q: ...\\nA:" with a right and a wrong answer. Each loss is trained at every learning rate on
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments import real  # noqa: E402
-from experiments.common import read_lines, run_training, side_by_side  # noqa: E402
+from experiments.common import read_lines, run_training, side_by_side, write_lines  # noqa: E402
 from experiments.preference import course  # noqa: E402
 from support.report import write_plot  # noqa: E402
 
@@ -34,13 +34,13 @@ GRID = ("pair_accuracy", "pair_logratio_chosen", "pair_logratio_rejected")  # he
 MEASURED = ("implicit accuracy", "chosen", "rejected", "mc1", "mc2")
 
 
-def write_pairs(directory: Path) -> tuple[Path, Path]:
+def write_pairs(directory: Path, folder: Path | None) -> tuple[Path, Path]:
     """(pairs.jsonl of the half that trains, other.jsonl of the other half)."""
     paths = directory / "pairs.jsonl", directory / "other.jsonl"
     for path, first in zip(paths, (True, False)):
-        real.write_lines(path, [
+        write_lines(path, [
             {"prompt": f"Q: {row['question']}\nA:", "chosen": f" {right}", "rejected": f" {wrong}"}
-            for row in real.rows_of("truthfulqa") if real.in_first_half(row["question"]) is first
+            for row in real.rows_of("truthfulqa", folder) if real.in_first_half(row["question"]) is first
             for right, wrong in list(zip(*(
                 [text for text, label in row["mc2_targets"].items() if label == wanted] for wanted in (1, 0)
             )))[:PAIRS_OF_A_QUESTION]
@@ -66,7 +66,7 @@ def measure(path: Path, folder: Path, start: list | None, other: Path, questions
         logp = [value for value, _ in real.log_likelihoods(folder, pairs)]
         change = [now - before for now, before in zip(logp, start or logp)]
         chosen, rejected = change[::2], change[1::2]
-        real.write_lines(path, [{
+        write_lines(path, [{
             "logp": logp, "chosen": statistics.mean(chosen), "rejected": statistics.mean(rejected),
             "implicit accuracy": statistics.mean(c > r for c, r in zip(chosen, rejected)),
             **real.truthfulqa(folder, questions, limit),
@@ -104,22 +104,18 @@ def plot(pyplot, runs: dict):
 
 
 def main() -> None:
-    parser = real.make_parser(__doc__, "real_pairs")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
-    args, extra = parser.parse_known_args()  # what is left goes to train.py
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    model = real.model_folder(args)
-    _, questions = real.write_questions(args.output_dir)
-    pairs, other = (path.resolve() for path in write_pairs(args.output_dir))
+    args = real.settings(real.make_parser(__doc__, "real_pairs", seeds=(0, 1)))
+    model, questions, extra = args.model, args.questions["test"], args.extra
+    pairs, other = write_pairs(args.output_dir, args.data)
 
     def run_all(jobs):
         return side_by_side(lambda *job: run(*job, args, model, pairs, extra), jobs, args.jobs)
 
-    runs = run_all([(label, rate, seed) for seed in range(args.seeds) for label in LOSSES for rate in RATES])
+    runs = run_all([(label, rate, seed) for seed in args.seeds for label in LOSSES for rate in RATES])
     grid = {}
     for label in LOSSES:
         for rate in RATES:
-            ends = [runs[label, rate, seed]["end"] for seed in range(args.seeds)]
+            ends = [runs[label, rate, seed]["end"] for seed in args.seeds]
             grid[label, rate] = {name: [end[name]["mean"] for end in ends] for name in GRID}
     print("| loss | learning rate | " + " | ".join(GRID) + " |\n" + "|---" * (2 + len(GRID)) + "|")
     for (label, rate), values in grid.items():
@@ -135,13 +131,13 @@ def main() -> None:
     results = {"start": [measured("start", model)]}
     start = results["start"][0]["logp"]
     for label, rate in best.items():
-        names = [f"{label}-lr{rate}-seed{seed}" for seed in range(args.seeds)]
+        names = [f"{label}-lr{rate}-seed{seed}" for seed in args.seeds]
         results[label] = [measured(name, args.output_dir / name / "final", start) for name in names]
     (args.output_dir / "real_pairs.json").write_text(json.dumps(results, indent=1) + "\n")
     print("\n| | learning rate | " + " | ".join(MEASURED) + " |\n" + "|---" * (2 + len(MEASURED)) + "|")
     for label, rows in results.items():
         print(f"| {label} | {best.get(label, '')} | {cells(rows)} |")
-    by_label = {label: [runs[label, best[label], seed] for seed in range(args.seeds)] for label in LOSSES}
+    by_label = {label: [runs[label, best[label], seed] for seed in args.seeds] for label in LOSSES}
     write_plot(args.output_dir / "real_pairs.json", lambda pyplot: plot(pyplot, by_label))
 
 

@@ -77,12 +77,11 @@ def write_sets(directory) -> dict:
     return files | {"selected": best}
 
 
-def measure_si(name, file, directory) -> dict:
-    """The set's row of `si.py`, on the starting model."""
-    result = directory / f"{file.stem}.json"
+def measure_si(file: Path, *flags) -> dict:
+    """All numbers of `si.py` for a set of principles, on the starting model; kept beside its file."""
+    result = file.resolve().with_suffix(".json")
     if not result.exists():
-        flags = "--principles", file.resolve(), "--num-questions", 256, "--json", result.resolve()
-        run_script("si.py", *flags)
+        run_script("si.py", "--principles", file.resolve(), "--json", result, *flags)
     return json.loads(result.read_text())
 
 
@@ -90,8 +89,11 @@ def train(variant, name, seed, file, args, extra) -> dict:
     """The outcomes of one training."""
     directory = args.output_dir / f"{variant}-{file.stem}-{seed}"
     flags = "--principles", file.resolve(), "--eval-steps", 0, "--seed", seed, *VARIANTS[variant], *extra
-    evals = run_training(directory, *flags)
-    steps = read_lines(directory / "metrics.jsonl")
+    return outcomes(run_training(directory, *flags), read_lines(directory / "metrics.jsonl"))
+
+
+def outcomes(evals: dict, steps: list[dict]) -> dict:
+    """Where a training has ended, and how steady it was, from its eval.json and metrics.jsonl."""
     rewards = [step["reward"] for step in steps]
     return {
         "accuracy": evals["end"]["accuracy"]["mean"], "format": evals["end"]["format"]["mean"],
@@ -160,7 +162,7 @@ def main() -> None:
     files = write_sets(args.output_dir / "sets")
     chosen = [name for name in files if name not in SETS]
     measured = side_by_side(
-        lambda name: measure_si(name, files[name], args.output_dir / "sets"), [(n,) for n in files], args.jobs
+        lambda name: measure_si(files[name], "--num-questions", 256), [(name,) for name in files], args.jobs
     )
     predictors = {
         "SI": {name: measured[name,]["set"]["si"]["mean"] for name in files},

@@ -136,7 +136,7 @@ def make_trainer(config, directory):
             max_completion_length=config.max_completion_length, temperature=config.temperature, seed=config.seed,
             max_steps=config.max_steps, learning_rate=config.learning_rate, warmup_steps=config.warmup_steps,
             lr_scheduler_type=config.lr_scheduler_type, max_grad_norm=config.max_grad_norm, epsilon=config.epsilon,
-            loss_type=config.loss_type, scale_rewards=config.scale_rewards, beta=config.kl_weight,
+            loss_type=config.loss_type, scale_rewards=config.scale_rewards, beta=config.beta,
             importance_sampling_level=config.importance_sampling_level, bf16=False, gradient_checkpointing=False,
             logging_steps=max(1, config.max_steps // 10), report_to="none", save_strategy="no", disable_tqdm=True,
         ),
@@ -160,9 +160,9 @@ def check(trainer, drawn, config) -> None:
     unused = torch.zeros(mask.shape[:2])  # [Q·K, G]
     sampling.sample = lambda *args: Completions(tokens, mask, unused.bool(), unused)
     batch = train.sample(model, trainer.processing_class, PromptTemplate(), drawn[0], config.num_generations, config)
-    train.add_rewards(batch, config)
-    batch.start = train.read_start(model, trainer.ref_model, batch, config)
-    loss, terms = train.losses(train.read(model, batch, config, config.mi_generations), batch, config)
+    targets = train.make_targets(model, trainer.ref_model, batch, train.reward_completions(batch, config), config)
+    outputs = train.read(model, batch, targets.ot_tokens, config, config.mi_generations)
+    loss, terms = train.losses(outputs, batch, targets, config)
 
     ours = {"loss": loss, **terms}
     apart = {name: abs(float(theirs[name]) - float(ours[name])) for name in theirs}
@@ -185,6 +185,7 @@ def main() -> None:
         config = train.parse(["--principles", str(ROOT / "principles" / "reasoning.txt"), "--max-steps", args.steps])
     except InputError as error:
         parser.error(str(error))
+    train.load(config)  # settles what depends on the model
     transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as directory:
         trainer, drawn = make_trainer(config, directory)

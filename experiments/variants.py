@@ -73,14 +73,14 @@ SELECTION_SEED = 100
 # What is exchanged: a function of train.py
 
 
-def squared_terms(states, batch, config) -> dict:
+def squared_terms(states, reference_states, weights, config) -> dict:
     """Each token's state is pulled to the state of the same token by the start."""
-    return {"loss_ot": squared_distance(states, batch).mean()}
+    return {"loss_ot": squared_distance(states, reference_states, weights).mean()}
 
 
-def squared_distance(states, batch):
+def squared_distance(states, reference_states, weights):
     """The mean over the cloud of |state - state of the same token by the start|^2: [Q]."""
-    return ((states - batch.start.states).square().sum(-1) * batch.weights).sum(1)  # [Q]
+    return ((states - reference_states).square().sum(-1) * weights).sum(1)  # [Q]
 
 
 def per_token_terms(scores, config, batch) -> dict:
@@ -101,7 +101,7 @@ def draw_with_opposites(questions, principles, config, step) -> list:
 
 
 original_draw, original_information, original_sample = train.draw, train.information_terms, train.sample
-original_read_start = train.read_start
+original_targets = train.make_targets
 
 
 def exchange(name: str) -> None:
@@ -113,9 +113,9 @@ def exchange(name: str) -> None:
     elif name == "per token":
         losses = train.losses
 
-        def losses_of(now, batch, config):
+        def losses_of(outputs, batch, targets, config):
             train.information_terms = functools.partial(per_token_terms, batch=batch)
-            return losses(now, batch, config)
+            return losses(outputs, batch, targets, config)
 
         train.losses = losses_of
     elif name == "unpaired":
@@ -125,18 +125,18 @@ def exchange(name: str) -> None:
             found.update(tokenizer=tokenizer, template=template)
             return original_sample(model, tokenizer, template, tasks, num_generations, config)
 
-        def read_start(model, reference, batch, config):
-            reading = original_read_start(model, reference, batch, config)
-            if "evaluation" in batch.tasks[0].key:  # the drift that is reported stays the paired one
-                return reading
+        def make_targets(model, reference, batch, rewards, config):  # evaluations report the paired drift
+            targets = original_targets(model, reference, batch, rewards, config)
             tasks = [train.Task(task.question, task.principles, f"{task.key} start") for task in batch.tasks]
-            own = original_sample(reference, found["tokenizer"], found["template"], tasks, config.num_generations, config)
-            if not torch.equal(own.weights, batch.weights):
+            sampler = reference, found["tokenizer"], found["template"]
+            own = original_sample(*sampler, tasks, config.num_generations, config)
+            tokens, weights = train.choose_ot_tokens(own, config)  # [Q, n] both
+            if not torch.equal(weights, targets.ot_weights):
                 raise SystemExit("unpaired: fewer completion tokens than --ot-tokens")
-            reading.states = original_read_start(model, reference, own, config).states  # [Q, n, d]
-            return reading
+            _, targets.reference_states = train.read_reference(model, reference, own, tokens, config)  # [Q, n, d]
+            return targets
 
-        train.sample, train.read_start = sample, read_start
+        train.sample, train.make_targets = sample, make_targets
 
 
 # --------------------------------------------------------------------------------------------------

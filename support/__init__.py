@@ -10,12 +10,14 @@
     data           what a run trains and evaluates on: read, split, measured
     settings       every flag, its help and its bounds
     tiny           the embedded task and its model
-    model          a language model: loaded, compared with its plain forward, LoRA, saved
+    model          a language model: loaded, compared with its plain forward, frozen, LoRA, saved
     chains         chains of thought for si.py and geometry.py: sampled, and scored under principles
     propose        new principles: written by the model, or joined from given ones
-    scoring        log-probabilities and hidden states of completions; the score matrix
+    scoring        log-probabilities and hidden states of completions, after their own and other prompts
     sampling       completions by name: any batch, device and number of processes gives the same
     prefix         a prompt goes through the model once; its completions share keys and values
+    attention      the library's, with what a GPU would do again in each layer done once
+    logits         hidden states to logits, for sampler and scorer; precision of products
     answers        what a completion says: its text, its chain of thought, its answer
     prompts        from a question and a principle to tokens: template, BOS, ends of a turn
     files          principles, questions, examples and pairs as records, read from files

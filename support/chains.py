@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from support import sampling
 from support.answers import cot_mask
-from support.scoring import score_matrix
+from support.scoring import read_completions
 
 SAMPLED_ROWS = 128  # completions sampled together
 HIDDEN_ELEMENTS = 2**24  # of the hidden states of the completions that are scored together: 64 MB
@@ -58,6 +58,6 @@ def score_chains(model, prompts, chains, temperature, title="scoring"):
         lengths = torch.tensor([len(row) for row in rows]).reshape(-1, per_question, 1, 1)  # [Q, C, 1, 1]
         mask = torch.arange(tokens.shape[-1]) < lengths  # [Q, C, 1, T]
         tokens, mask = tokens.to(model.device), mask.to(model.device)  # [Q, C, 1, T] both
-        scores = score_matrix(model, prompts[part], tokens, mask, mask, temperature, generations=1)[2]  # [Q, 1, C, C]
+        scores = read_completions(model, prompts[part], tokens, mask, mask, temperature, 1)[2]  # [Q, 1, C, C]
         parts.append(scores[:, 0].float().cpu())  # [Q, C, C]
     return torch.cat(parts)  # [N, C, C]

@@ -1,6 +1,6 @@
-"""Memory: what a run takes at its peak, what is free, and the largest micro-batches that fit.
+"""Memory: what a run takes at its peak, what is free, and the largest micro-batch that fits.
 
-    peak     = weights + reference + 8 bytes a trained parameter (AdamW's moments)
+    peak     = weights + bfloat16 copies + reference + optimiser (AdamW's moments: 8 bytes a trained number)
                + the larger of sampling and training
     sampling = keys and values of the prompts and of all rows, and for each row the larger of
                a copy of its prompt's and the distribution of its next token
@@ -18,6 +18,7 @@ import contextlib
 import itertools
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,46 +26,68 @@ import torch.nn.functional as F
 
 from support import parallel
 from support.errors import InputError
-from support.prefix import PREFILL_TOKENS, autocast, copy_cache, forward, prefill
-from support.scoring import ROWS_PER_FORWARD, block_side
+from support.logits import autocast
+from support.model import linear_layers
+from support.prefix import PREFILL_TOKENS, copy_cache, forward, prefill
+from support.scoring import block_side, rows_per_forward
 
 HEADROOM = 0.9  # share of the free memory that is used: an estimate may be a tenth too low
-ADVICE = "try --lora-rank 16, then lower --num-questions, --max-completion-length, --num-generations, a smaller model"
+RANK = 16  # of the adapters that a model too large is advised to train
+LESS = "lower --num-questions, --max-completion-length, --num-generations, a smaller model"
+ADVICE = f"try --lora-rank {RANK}, then {LESS}"
 
 
-def fit(model, data, config) -> str:
-    """Set --micro-batch and --gradient-checkpointing unless given; returns the line to print.
+def fit(model, data, config) -> tuple[bool, int, str]:
+    """(--gradient-checkpointing, --micro-batch, the line to print): what is given, else the first that fits.
 
-    The first choice that fits is taken: all questions of a step together, one at a time, then
-    activations recomputed for ever fewer rows. Raises InputError where none fits.
+    Tried are all questions of a step together, half of them, … one at a time, then activations
+    recomputed for ever fewer rows. Raises InputError where nothing fits.
     """
-    texts = Texts(model, data.longest_prompts, config.max_completion_length) if data.principles else None
-    pairs = Texts(model, sorted(data.pairs.prompts, key=len)[-2:], data.pairs.tokens.shape[-1]) if data.pairs else None
+    texts = pairs = None
+    if data.principles:
+        texts = Texts(model, data.longest_prompts, config.max_completion_length, config.bf16)
+    if data.pairs:
+        longest = sorted(data.pairs.prompts, key=len)[-2:]
+        pairs = Texts(model, longest, data.pairs.tokens.shape[-1], config.bf16)
     free, weights = free_memory(model.device), sum(p.nbytes for p in model.parameters())
     room = float("inf") if free is None else HEADROOM * free + weights  # weights: already in memory
-    whole = min(256, max(config.num_questions * config.rows_per_question, 2 * config.num_pairs * bool(data.pairs)))
-    choices = [(False, whole), (False, min(whole, config.rows_per_question))]
-    choices += [(True, rows) for rows in (32, 16, 8, 4, 2, 1)]
-    given, totals = (config.gradient_checkpointing, config.micro_batch), []
-    for choice in choices:
+    given, tried = (config.gradient_checkpointing, config.micro_batch), []
+    for choice in choices(config, data, rows_per_forward(model.device)):
         checkpointing, rows = (c if g is None else g for c, g in zip(choice, given))
-        config.gradient_checkpointing, config.micro_batch = checkpointing, rows
-        model.recompute_rows = min(rows, ROWS_PER_FORWARD) if checkpointing else None
-        parts = sizes(model, texts, pairs, config)
-        totals.append(sum(parts.values()))
-        if totals[-1] <= room:
+        settings = replace(config, gradient_checkpointing=checkpointing, micro_batch=rows)
+        tried.append(sizes(model, texts, pairs, settings))
+        if (total := sum(tried[-1].values())) <= room:
             break
-    shown = ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items() if size >= 5e6)
-    line = f"memory: about {totals[-1] / 1e9:.2g} GB ({shown})"
+    shown = ", ".join(f"{name} {size / 1e9:.2g}" for name, size in tried[-1].items() if size >= 5e6)
+    line = f"memory: about {total / 1e9:.2g} GB ({shown})"
     line += "" if free is None else f" of {(free + weights) / 1e9:.3g} GB free"
-    if totals[-1] > room and None in given:
-        raise InputError(f"{line}, with the smallest micro-batch: it does not fit; {ADVICE}")
-    if totals[-1] > room:
-        return f"{line}: it may not fit; leave out --micro-batch and --gradient-checkpointing, or {ADVICE}"
-    if len(totals) > 1:
+    if total > room and None in given:
+        raise InputError(f"{line}, with the smallest micro-batch: it does not fit; {advice(model, tried[-1], config)}")
+    if total > room:
+        line += f": it may not fit; leave out --micro-batch and --gradient-checkpointing, or {ADVICE}"
+    elif len(tried) > 1:
         flags = f"--micro-batch {rows}" + " --gradient-checkpointing True" * checkpointing
-        line += f"; {flags} is chosen, since all at once would take {totals[0] / 1e9:.2g} GB"
-    return line
+        line += f"; {flags} is chosen, since all at once would take {sum(tried[0].values()) / 1e9:.2g} GB"
+    return checkpointing, rows, line
+
+
+def choices(config, data, block: int) -> list[tuple[bool, int]]:
+    """(activations recomputed?, rows of a micro-batch), the fastest first; `block`: the most rows in a forward."""
+    questions, rows = config.num_questions, config.rows_per_question
+    whole = min(256, max(questions * rows, 2 * config.num_pairs * bool(data.pairs)))
+    halves = [max(1, questions >> n) * rows for n in range(questions.bit_length())]  # of all questions, of half, … of 1
+    kept = [(False, size) for size in dict.fromkeys([whole, *(min(whole, size) for size in halves)])]
+    return kept + [(True, block >> n) for n in range(block.bit_length())]
+
+
+def advice(model, parts, config) -> str:
+    """What to do where `parts`, the bytes of the smallest micro-batch, do not fit."""
+    if config.lora_rank:
+        return f"try {LESS}"
+    trained = RANK * sum(layer.in_features + layer.out_features for layer in linear_layers(model))
+    own = {"bfloat16 copies": 0, "reference": 0, "optimiser": 8 * trained, "gradient": 4 * trained}
+    own["weights"] = parts["weights"] / (2 if config.bf16 else 1)
+    return f"try --lora-rank {RANK} (about {sum((parts | own).values()) / 1e9:.2g} GB), then {LESS}"
 
 
 def sizes(model, texts, pairs, config) -> dict[str, float]:
@@ -75,17 +98,18 @@ def sizes(model, texts, pairs, config) -> dict[str, float]:
         evaluated = min(config.eval_rows, config.eval_questions * num)
         for rows, prompts in (questions * num * config.num_generations, questions * num), (evaluated, evaluated):
             vocabulary = len(model.get_output_embeddings().weight)
-            passing = max(texts.prompt_cache, 24 * vocabulary)  # 24 bytes a logit
+            passing = max(texts.prompt_cache, 12 * vocabulary)  # logits, log-probabilities and probabilities
             phases.append({"sampling": prompts * texts.prompt_cache + rows * (texts.cache + passing)})
         questions = min(questions, max(1, config.micro_batch // config.rows_per_question))
         phases.append(training(model, texts, questions * config.rows_per_question, questions, num, config))
     if pairs:
         num_pairs = min(config.num_pairs, max(1, config.micro_batch // 2))
         phases.append(training(model, pairs, 2 * num_pairs, num_pairs, 1, config))
+    halved = 2 * sum(p.numel() for layer in linear_layers(model) for p in layer.parameters()) if config.bf16 else 0
     return {
         "weights": weights,
         "bfloat16 copies": weights / 2 if config.bf16 and not config.lora_rank else 0,
-        "reference": weights if texts and not config.lora_rank else 0,
+        "reference": weights - halved if texts and not config.lora_rank else 0,
         "optimiser": 8 * sum(p.numel() for p in model.parameters() if p.requires_grad),
         **max(phases, key=lambda parts: sum(parts.values())),
     }
@@ -93,9 +117,9 @@ def sizes(model, texts, pairs, config) -> dict[str, float]:
 
 def training(model, texts, rows: int, questions: int, num: int, config) -> dict[str, float]:
     """Bytes by part of a micro-batch: `rows` completions of `questions` with `num` prompts each."""
-    block = min(rows, ROWS_PER_FORWARD * (1 if model.device.type == "cpu" else 2))
+    block = min(rows, rows_per_forward(model.device))
     if config.gradient_checkpointing:
-        block = min(block, config.micro_batch, ROWS_PER_FORWARD)
+        block = min(block, config.micro_batch)
         again = texts.token * min(questions * texts.tokens(num), PREFILL_TOKENS // 4)
         activations = 3 * questions * num * texts.prompt_cache + max(again, block * (texts.row + texts.passing))
     else:
@@ -110,7 +134,7 @@ def training(model, texts, rows: int, questions: int, num: int, config) -> dict[
 class Texts:
     """Bytes that a token of a prompt (list of ids), and a row of `length` tokens, leave behind."""
 
-    def __init__(self, model, prompts, length: int):
+    def __init__(self, model, prompts, length: int, bf16: bool | None = False):
         prompts, kept = [prompts[0], prompts[-1]], {}  # storages by address; held: none comes twice
         self.longest = max(map(len, prompts))
         self.common = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 2)
@@ -121,23 +145,23 @@ class Texts:
         def size():
             return sum(storage.nbytes() for storage in kept.values())
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
-            cache, of_prompts, of_rows = read(model, prompts, length, size)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None), \
+                autocast(model.device, bool(bf16)):
+            layers, cache, of_prompts, of_rows = read(model, prompts, length, size)
         states = [t.untyped_storage() for layer in cache.layers for t in (layer.keys, layer.values)]
         self.token, self.row = of_prompts / self.tokens(2), of_rows / 2  # what autograd keeps
         self.cache = sum(s.nbytes() for s in states) / 2  # keys and values of a prompt and its row
         passing = (s.nbytes() for s in states if s.data_ptr() not in kept)  # autograd keeps the others
         self.passing = sum(passing) / 2
-        self.prompt_cache = self.cache * self.longest / (self.longest + length)
+        self.prompt_cache = sum(states.nbytes for layer in layers for states in layer) / 2
 
     def tokens(self, prompts: int) -> int:
         """How many the model reads of a question's prompts: their common beginning once."""
         return self.common + prompts * (self.longest - self.common)
 
 
-@autocast
 def read(model, prompts, length: int, size):
-    """The cache after a row behind each prompt, and by how much prompts and rows raise size()."""
+    """Keys and values of the prompts, the cache after a row behind each, and by how much the two raise size()."""
     prefill(model, prompts)  # so that weights, and what they are cast to, are kept already
     before = size()
     layers, mask, last = prefill(model, prompts)
@@ -146,7 +170,7 @@ def read(model, prompts, length: int, size):
     ids = last[:, None].expand(-1, length)  # [P, T]
     shown = F.pad(mask, (0, length), value=True)  # [P, L-1+T]
     forward(model, ids, shown, shown.cumsum(1)[:, -length:] - 1, cache)
-    return cache, between - before, size() - between
+    return layers, cache, between - before, size() - between
 
 
 def free_memory(device, root: Path = Path("/")) -> float | None:

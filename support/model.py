@@ -1,5 +1,9 @@
-"""A language model: loaded, compared with its plain forward, LoRA, saved."""
+"""A language model: loaded, compared with its plain forward, frozen, with LoRA, saved.
 
+    accepted: max |ours - plain| <= 1e-5 + 3e-4 · std(logits)         nats, see check_model
+"""
+
+import copy
 import itertools
 import re
 from pathlib import Path
@@ -7,24 +11,23 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from support.attention import use_attention
 from support.errors import InputError, check_finite
-from support.prefix import head
+from support.logits import float32_products, head
 from support.prompts import PLAIN_TEMPLATE, context_length, eos_ids
 from support.sampling import sample, uniform_numbers
-from support.scoring import hidden_states, log_probs
+from support.scoring import token_log_probs, token_states
 from support.writing import written_whole
 
 CHECK_TOKENS, CHECK_WORK = 2**11, 2**35  # `check_model` reads at most so many tokens, and tokens x parameters
 SWITCHES = r"'\w*(?:window|chunk|block|topk|original_max_position)\w*': (\d+)"  # where attention changes
 
 
-def load_model(name: str, device, bf16: bool = False, recompute_rows: int | None = None):
+def load_model(name: str, device):
     """(model, tokenizer) of a folder or hub id, in float32, without dropout. Raises InputError.
 
     Weights are read from safetensors only, and no code of the repository is run: a checkpoint is
-    data, not a program. A tokenizer without a chat template gets PLAIN_TEMPLATE, and a line says
-    so. Two attributes of the model say how it runs: `bf16` (see `autocast`) and `recompute_rows`
-    (see `token_states`).
+    data, not a program. A tokenizer without a chat template gets PLAIN_TEMPLATE, and a line says so.
     """
     try:
         if (Path(name) / "adapter_config.json").is_file():  # without peft the library would leave it out in silence
@@ -43,6 +46,7 @@ def load_model(name: str, device, bf16: bool = False, recompute_rows: int | None
             raise ValueError(f"its tokenizer has tokens that the model, with {size}, has not, the first is {lost[0]!r}")
         eos_ids(model, tokenizer)  # raises for ends that are no numbers
         model = model.to(device).eval()  # eval for good: no dropout, and the cache stays on
+        use_attention(model)
         check_model(model)
     except torch.OutOfMemoryError:  # not the folder's fault
         raise
@@ -59,7 +63,6 @@ def load_model(name: str, device, bf16: bool = False, recompute_rows: int | None
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
         print(f"--model {name} has no chat template: it is prompted by 'User: …' and 'Assistant:'", flush=True)
-    model.bf16, model.recompute_rows = bf16, recompute_rows
     return model, tokenizer
 
 
@@ -79,7 +82,21 @@ def first_line(error) -> str:
     return " ".join([first, more[0].strip()] if first.endswith(":") and more else [first])
 
 
-def add_lora(model, rank: int, seed: int):
+def linear_layers(model) -> list:
+    """The linear layers but the head: with `bf16`, their weights enter products as bfloat16 and nothing else."""
+    return [layer for layer in model.modules()
+            if type(layer) is torch.nn.Linear and layer is not model.get_output_embeddings()]
+
+
+def frozen_copy(model, bf16: bool = False):
+    """A copy that is not trained. With bf16 its linear layers are bfloat16: it computes the same numbers."""
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    for layer in linear_layers(frozen) if bf16 else ():
+        layer.bfloat16()
+    return frozen
+
+
+def add_lora(model, rank: int, seed: int, bf16: bool = False):
     """A peft.PeftModel with LoRA adapters on all linear layers but the head; only they are trained.
 
     alpha is twice the rank, as in TRL. B starts at 0: with the adapters off, the model is its own
@@ -89,7 +106,7 @@ def add_lora(model, rank: int, seed: int):
         import peft
     except ImportError:
         raise InputError("--lora-rank: needs the library peft (pip install peft); 0 is accepted without it") from None
-    for parameter in model.parameters() if model.bf16 else ():  # not the buffers: rotary frequencies need float32
+    for parameter in model.parameters() if bf16 else ():  # not the buffers: rotary frequencies need float32
         parameter.data = parameter.data.bfloat16()
     torch.manual_seed(seed)
     settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=rank, lora_alpha=2 * rank)
@@ -122,6 +139,7 @@ def check_model(model) -> None:
     with each row alone, without padding and cache. A recurrent state that has read the padding
     differs there, and so do logits scaled in a way that `head` does not know. The longer row goes
     past each length at which the configuration changes attention, as far as that takes seconds.
+    Products are of whole float32 numbers, also where TF32 is on, which is coarser than what is allowed.
     """
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
@@ -142,7 +160,8 @@ def check_model(model) -> None:
     longest = max((n for n in map(int, lengths) if 8 < n <= most), default=8)
     kind, wrong = type(model).__name__, "samples or scores of padded rows with a cache"
     try:
-        error, spread = _distance_from_plain(model, [longest + 3, longest - 4])
+        with float32_products("highest"):
+            error, spread = _distance_from_plain(model, [longest + 3, longest - 4])
     except torch.OutOfMemoryError:
         raise
     except FloatingPointError:
@@ -156,25 +175,26 @@ def check_model(model) -> None:
 @torch.no_grad()
 def _distance_from_plain(model, lengths) -> tuple[float, float]:
     """(largest distance from the plain forward in nats, mean standard deviation of its logits)."""
-    num_tokens, distances, spreads = len(model.get_input_embeddings().weight), [], []
+    num_tokens, device = len(model.get_input_embeddings().weight), model.device
     # The prompts have one beginning, which goes through the model once.
     prompts = [[(5 + 11 * i + 7 * p * (i > 1)) % num_tokens for i in range(n)] for p, n in enumerate(lengths)]
-    uniform = uniform_numbers([f"check {p}" for p in range(len(prompts))], 2, 4, device=model.device)  # [P, 2, 4]
+    uniform = uniform_numbers([f"check {p}" for p in range(len(prompts))], 2, 4, device=device)  # [P, 2, 4]
     out = sample(model, prompts, uniform, 1.0, [], 0)
     mask = out.mask.clone()  # [P, 2, 4]
     mask[:, 1, 2:] = False  # the second completion of each is shorter
-    hidden = hidden_states(model, prompts, out.tokens, mask)  # [P, 2, 4, d]
-    logp = log_probs(model, hidden, out.tokens, mask, 1.0)  # [P, 2, 4]
+    states, places = token_states(model, prompts, out.tokens, mask)  # [M, d], [M]
+    targets = out.tokens.flatten()[places]  # [M]
+    rows = []
     for p, n in itertools.product(range(len(prompts)), range(2)):
-        ids = torch.tensor([prompts[p] + out.tokens[p, n].tolist()], device=model.device)  # [1, L+4]
-        logits = model(input_ids=ids, use_cache=False).logits[0, lengths[p] - 1 : -1].float()  # [4, V]
-        plain = logits.log_softmax(-1)  # [4, V]
-        distances += [
-            (head(model, hidden[p, n]).log_softmax(-1) - plain)[mask[p, n]].flatten(),  # [4·V or 2·V]
-            (plain.gather(1, out.tokens[p, n, :, None])[:, 0] - logp[p, n])[mask[p, n]],  # [4 or 2]
-            (out.entropy[p, n] + (plain.exp() * plain).sum(-1).mean())[None],  # [1]
-        ]
-        spreads.append(logits.std(-1).mean())
-    spread = torch.stack(spreads).mean()  # []
+        ids = torch.tensor([prompts[p] + out.tokens[p, n].tolist()], device=device)  # [1, L+4]
+        rows.append(model(input_ids=ids, use_cache=False).logits[0, lengths[p] - 1 : -1].float())  # [4, V]
+    plain = torch.cat(rows).log_softmax(-1)  # [P·2·4, V]
+    weight, bias, logits = head(model)
+    distances = [
+        (logits(states, weight, bias).log_softmax(-1) - plain[places]).flatten(),  # [M·V]
+        token_log_probs(model, states, targets, 1.0) - plain[places].gather(1, targets[:, None])[:, 0],  # [M]
+        out.entropy.flatten() + (plain.exp() * plain).sum(-1).reshape(-1, 4).mean(1),  # [P·2]
+    ]
+    spread = torch.cat(rows).std(-1).mean()  # []
     check_finite("the spread of the logits", spread)
     return torch.cat(distances).abs().max().item(), spread.item()

@@ -16,14 +16,14 @@ import torch
 from grpo import format_reward
 from infopo import dpo_loss, infopo_loss, sequence_logp
 from support import parallel, tiny
-from support.answers import answer_is_right, decode
+from support.answers import answer_is_right
 from support.data import Data, check_sides, items_of_step, make_template, split
 from support.errors import InputError, TooLong
 from support.files import Preference
-from support.prompts import control_tokens, encode_texts, eos_ids, prompt_limit, refuse, try_render, turn_end
+from support.prompts import control_tokens, encode_texts, prompt_limit, refuse, try_render, turn_end
 from support.rows import LeftOut, answer_of, good, refuse_near_names, rows_of, short, text_of
-from support.sampling import sample, uniform_numbers
-from support.scoring import hidden_states, log_probs
+from support.sampling import write
+from support.scoring import completion_logp
 from support.steps import backward, descend, gather_evaluation, micro_batches
 
 LOSSES = {"infopo": infopo_loss, "dpo": dpo_loss}
@@ -158,9 +158,9 @@ class Pairs:
         return Pairs(prompts, self.tokens[chosen, :, :width], mask[..., :width], answers, ref)
 
 
-def add_reference(model, pairs: Pairs, temperature) -> Pairs:
+def add_reference(model, pairs: Pairs, temperature, **how) -> Pairs:
     """The pairs with the log-probabilities that `model`, the policy at the start, gives them."""
-    return replace(pairs, ref_logp=all_logp(model, pairs, temperature))  # [P, 2]
+    return replace(pairs, ref_logp=all_logp(model, pairs, temperature, **how))  # [P, 2]
 
 
 def encode_pairs(model, tokenizer, preferences, left_out=None, new_tokens=0) -> Pairs:
@@ -199,7 +199,7 @@ def load_pairs(model, tokenizer, config) -> Data:
     sides = [encode_pairs(model, tokenizer, *side) for side in zip((train, held_out), (left_out, left_out), room)]
     left_out.tell(total - left_out.count if any(map(len, sides)) else 0, "pairs")
     check_sides(*sides, config.eval_questions, "pairs")
-    sides = [add_reference(model, pairs, config.temperature) for pairs in sides]
+    sides = [add_reference(model, pairs, config.temperature, **config.how_read) for pairs in sides]
     return Data(make_template(config), pairs=sides[0], held_out_pairs=sides[1])
 
 
@@ -221,7 +221,8 @@ def update(model, optimizer, pairs: Pairs, step, config) -> None:
     figures = []
     for part, share in micro_batches(len(pairs), config.rows_at_once // 2):
         some = pairs[part]
-        loss, terms = preference_loss(pair_logp(model, some, config.temperature), some.ref_logp, config)
+        logp = pair_logp(model, some, config.temperature, **config.how_read)  # [p, 2]
+        loss, terms = preference_loss(logp, some.ref_logp, config)
         figures.append(backward(loss, {"items": len(some), **terms}, share))
     step.passes.append(descend(model, optimizer, figures, step.learning_rate, config.max_grad_norm))
 
@@ -232,18 +233,17 @@ def preference_loss(logp, ref_logp, config):
     return loss, {"loss_preference": loss, **{f"pair_{name}": value for name, value in stats.items()}}
 
 
-def pair_logp(model, pairs: Pairs, temperature):
+def pair_logp(model, pairs: Pairs, temperature, **how):
     """Summed log-probabilities of chosen and rejected: [P, 2], nats."""
-    hidden = hidden_states(model, pairs.prompts, pairs.tokens, pairs.mask)  # [P, 2, T, d]
-    logp = log_probs(model, hidden, pairs.tokens, pairs.mask, temperature)  # [P, 2, T]
+    logp = completion_logp(model, pairs.prompts, pairs.tokens, pairs.mask, temperature, **how)  # [P, 2, T]
     return sequence_logp(logp, pairs.mask)  # [P, 2]
 
 
 @torch.no_grad()
-def all_logp(model, pairs: Pairs, temperature):
+def all_logp(model, pairs: Pairs, temperature, **how):
     """`pair_logp` of any number of pairs, without gradient: [P, 2]."""
     parts = [pairs[p : p + PAIRS_PER_FORWARD] for p in range(0, len(pairs), PAIRS_PER_FORWARD)]
-    return torch.cat([pair_logp(model, part, temperature) for part in parts])  # [P, 2]
+    return torch.cat([pair_logp(model, part, temperature, **how) for part in parts])  # [P, 2]
 
 
 @torch.no_grad()
@@ -254,7 +254,7 @@ def evaluate_pairs(model, tokenizer, pairs: Pairs, config) -> dict:
     """
     part = parallel.share(len(pairs))
     pairs, names = pairs[part], [f"{config.seed} evaluation {n}" for n in range(len(pairs))[part]]
-    ratio = all_logp(model, pairs, config.temperature) - pairs.ref_logp  # [P, 2]
+    ratio = all_logp(model, pairs, config.temperature, **config.how_read) - pairs.ref_logp  # [P, 2]
     margin = ratio[:, 0] - ratio[:, 1]  # [P]
     texts = write_responses(model, tokenizer, pairs.prompts, names, config)
     right = [float(answer_is_right(t, a)) for t, a in zip(texts, pairs.answers) if a is not None]
@@ -272,10 +272,8 @@ def evaluate_pairs(model, tokenizer, pairs: Pairs, config) -> dict:
 
 def write_responses(model, tokenizer, prompts, names, config) -> list[str]:
     """A completion of each prompt, sampled by its name."""
-    texts, end = [], eos_ids(model, tokenizer)
+    texts, how = [], (1, config.max_completion_length, config.temperature, "", config.bf16)
     for start in range(0, len(prompts), 8 * PAIRS_PER_FORWARD):
         some = slice(start, start + 8 * PAIRS_PER_FORWARD)
-        uniform = uniform_numbers(names[some], 1, config.max_completion_length, device=model.device)  # [P, 1, T]
-        out = sample(model, prompts[some], uniform, config.temperature, end, tokenizer.pad_token_id)
-        texts += decode(tokenizer, out.tokens[:, 0], out.mask[:, 0], end)
+        texts += [row[0] for row in write(model, tokenizer, prompts[some], names[some], *how)[1]]
     return texts

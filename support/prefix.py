@@ -1,4 +1,10 @@
-"""A prompt goes through the model once; its completions continue copies of its cache."""
+"""A prompt goes through the model once, and its completions continue copies of what that left.
+
+    cache    = prompt[:-1] through the model                # keys and values [P, H, L-1, D], left-padded
+    hidden_t = prompt[-1], y_1 … y_{t-1} behind a copy      # [R, T, d], which predicts y_t
+
+Gradients flow through the copies, so they too are those of the plain forward.
+"""
 
 import functools
 import inspect
@@ -11,39 +17,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 PREFILL_TOKENS = 8192  # of prompts in one forward; a quarter of it where activations are recomputed
-
-
-def autocast(function):
-    """Run `function(model, ...)` with bfloat16 matrix products where `model.bf16` is on.
-
-    Weights, gradients and optimiser stay float32. Next to a weight of 0.02 the nearest bfloat16 is
-    1e-4 away: updates of the size of the learning rate, 1e-6, would all be rounded away.
-    """
-
-    @functools.wraps(function)
-    def run(model, *args, **kwargs):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=getattr(model, "bf16", False)):
-            return function(model, *args, **kwargs)
-
-    return run
-
-
-def head(model, hidden):
-    """Logits [..., V] of hidden states [..., d], in float32 or float64, before the temperature."""
-    factor, cap = logit_settings(model)
-    logits = at_least_float32(model.get_output_embeddings()(hidden)) * factor  # [..., V]
-    return logits if cap is None else cap * torch.tanh(logits / cap)  # [..., V]
-
-
-def logit_settings(model) -> tuple[float, float | None]:
-    """(factor, softcap) of the logits: Cohere multiplies, Granite divides, Gemma-2 caps them."""
-    config = model.config.get_text_config(decoder=True)
-    factor = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
-    return factor, getattr(config, "final_logit_softcapping", None)
-
-
-def at_least_float32(tensor):
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def forward(model, ids, shown, positions, cache):
@@ -103,7 +76,7 @@ def _encode(model, ids, mask, layers=None):
     mask: [P, S] bool. Padding is on the right here, and moved to the left at the end: windows and
     ALiBi count the places between two tokens, so it must not stand between tokens of one row.
     """
-    cache = copy_cache(layers or [], torch.zeros(len(ids), dtype=torch.long, device=ids.device))
+    cache = copy_cache(layers or [], torch.zeros(len(ids), dtype=torch.long, device=ids.device), rounded=False)
     width = mask.shape[1]
     positions = torch.arange(width - ids.shape[1], width, device=ids.device).expand_as(ids)  # [P, L]
     forward(model, ids, mask, positions, cache)
@@ -118,19 +91,33 @@ def _encode(model, ids, mask, layers=None):
     return [(moved(layer.keys), moved(layer.values)) for layer in cache.layers]
 
 
-def copy_cache(layers, rows, room: int = 0) -> DynamicCache:
-    """A cache whose row r continues prompt rows[r], with `room` for so many more tokens."""
+def copy_cache(layers, rows, room: int = 0, rounded: bool = True) -> DynamicCache:
+    """A cache whose row r continues prompt rows[r], with `room` for so many more tokens.
+
+    rounded: keys as coarse as values. Beside bfloat16 values the keys, which are rotated in float32,
+    stay float32, although attention rounds both; gradients of a prompt's keys are still summed so.
+    """
     cache = DynamicCache()  # made without the config, so that sliding-window layers keep all places
-    for index, layer in enumerate(layers):
-        # not keys[rows], whose gradient is not deterministic
-        keys, values = (states.index_select(0, rows) for states in layer)  # [R, H, L-1, D]
-        if room:
-            cache.layers.append(RoomyLayer(keys, values, room))
-        else:
-            for states in (keys, values) if keys.requires_grad else ():
-                states.register_hook(torch.Tensor.contiguous)  # adding up rows of a strided gradient is 4 times slower
-            cache.update(keys, values, index)
+    for layer in layers:
+        # not keys[rows]: on a CPU its gradient depends on the order of threads (on a GPU this one's does)
+        keys, values = (states.index_select(0, rows) for states in layer)  # [R, H, L-1, D] both
+        for states in (keys, values) if keys.requires_grad else ():
+            states.register_hook(torch.Tensor.contiguous)  # adding up rows of a strided gradient is 4 times slower
+        keys = keys.to(values.dtype) if rounded else keys  # [R, H, L-1, D]
+        cache.layers.append(RoomyLayer(keys, values, room) if room else GrowingLayer(keys, values))
     return cache
+
+
+class GrowingLayer(DynamicLayer):
+    """A DynamicLayer that begins with keys and values [R, H, L, D], and keeps their precision."""
+
+    def __init__(self, keys, values):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values  # [R, H, L, D] both
+
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys.to(self.keys.dtype), values.to(self.values.dtype), *args, **kwargs)
 
 
 class RoomyLayer(DynamicLayer):

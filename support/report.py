@@ -160,21 +160,21 @@ def print_si(summary: dict, config) -> None:
     print_table(summary)
     together = summary["set"]
     print(
-        f"\nSI {cell(together['si'])}, MI {cell(together['mi'])} of at most {summary['ceiling']:.2f} nats; "
-        f"{together['closed']:.0%} of chains of thought close with </reasoning>:\n{summary['questions']} questions, "
-        f"{summary['chains']} chains of thought, {summary['cot_tokens']} tokens, model {config.model}, "
-        f"temperature {config.temperature}, seed {config.seed}"
+        f"\nSI {cell(together['si'])}, MI {cell(together['mi'])} of at most {summary['ceiling']:.2f} nats. "
+        f"{together['closed']:.0%} of chains of thought close with </reasoning>.\nMeasured with "
+        f"{summary['questions']} questions and {summary['chains']} chains of thought, {summary['cot_tokens']} tokens, "
+        f"model {config.model}, temperature {config.temperature}, seed {config.seed}."
     )
     print("\n".join(text for holds, text in notes(summary, config) if holds))
     if "negatives" in summary:
-        print("\nSI of each principle and its opposite, from chains of thought of the principle alone: no bound on MI")
+        print("\nSI of each principle and its opposite, from the principle's chains of thought alone: no bound of MI.")
         for row in summary["negatives"]:
             print(f"{row['id'][:8]:9}{cell(row['si_opposite']):22}top-1 {row['retrieval']:.2f}  {row['negative']}")
     if "selection" in summary:
         best, size = summary["selection"], len(summary["selection"]["ids"])
         print(
             f"\nbest {size}: {', '.join(best['ids'])}\nSI among themselves {cell(best['si'])}; chosen on half the "
-            f"questions, measured on the other half {best['si_other_half']:.2f}; a random {size} has "
+            f"questions and measured on the other half {best['si_other_half']:.2f}; a random {size} has "
             f"{best['si_random_subset']:.2f}"
         )
 
@@ -202,18 +202,18 @@ def notes(summary: dict, config) -> list[tuple[bool, str]]:
     together, num, pool = summary["set"], summary["per_question"], len(summary["ids"])
     return [
         (together["closed"] < FEW_CLOSED,
-         "warning: few chains of thought close, so SI is about whole completions, answers included, and\n"
-         "  says little of the reasoning: the model does not write the format that training rewards"),
-        (num < pool, f"each question has drawn {num} of the {pool} principles, so K is {num}: MI is at most log {num}\n"
-                     "  and a lower bound of that of the whole pool"),
+         "warning: few chains of thought close. SI is then about whole completions, answers included, and says\n"
+         "  little of the reasoning. The model does not write the format that training rewards."),
+        (num < pool, f"Each question has drawn {num} of the {pool} principles, so K is {num}. MI is at most log\n"
+                     f"  {num}, and a lower bound of the MI of the whole pool."),
         (any(row.get("overlaps_next") for row in summary["principles"]),
-         "~ not distinguishable from the next line: the intervals overlap; more --num-questions narrow them"),
+         "~ The interval overlaps that of the next line. More --num-questions narrow the intervals."),
         (together["si"]["mean"] >= NEAR_CEILING,
-         f"near the ceiling: with {num} principles the measure cannot show more; add principles"),
+         f"SI is near its ceiling: with {num} principles it cannot show more. Add principles."),
         (summary["truncated"] > 0.05, f"{summary['truncated']:.0%} of completions were cut at "
-                                      f"{config.max_completion_length} tokens: raise --max-completion-length"),
-        (True, "* log K - InfoNCE, nats, as in training. SI estimates the same share of log K from the posteriors of\n"
-               "  all chains of thought, which is less noisy. The column is no bound: it may exceed the row"),
+                                      f"{config.max_completion_length} tokens; raise --max-completion-length."),
+        (True, "* log K - InfoNCE in nats, as in training. SI estimates the same share of log K from the posteriors\n"
+               "  of all chains of thought, which is less noisy. The column is no bound of MI: it may exceed the row."),
     ]
 
 
@@ -246,11 +246,11 @@ def print_geometry(summary: dict, config) -> None:
             line += f"{text:>{17 if after else 11}}"
         print(line)
     print(
-        "a → b: base → trained. layer 0: the embeddings. scale: root mean squared distance of the base's states\n"
-        f"from their mean. Sinkhorn: eps 0.1 of the mean squared distance, {summary['cloud']} points, (error) of the\n"
-        "marginals. drift in span: share of the squared drift in the span of the base's principle directions / in\n"
-        "a random subspace of that dimension. CKA: debiased, 0 by chance, 1 for equal geometry. angle: between\n"
-        "principle directions, degrees"
+        "a → b is base → trained, and layer 0 is the embeddings. scale is the root mean squared distance of the\n"
+        f"base's states from their mean. Sinkhorn is of {summary['cloud']} of the states, at eps 0.1 of the mean\n"
+        "squared distance; (error) is that of its marginals. drift in span is the share of the squared drift in\n"
+        "the span of the base's principle directions / in a random subspace of that dimension. CKA is debiased:\n"
+        "0 by chance, 1 for equal geometry. angle is the mean angle between principle directions, in degrees."
     )
     print()
     for name, text in (
@@ -261,7 +261,7 @@ def print_geometry(summary: dict, config) -> None:
     ):
         print(f"{cell(summary['outputs'][name], 3):24} {text}")
     print(f"\n{summary['completions']} completions of {config.trained} to {summary['questions']} questions under "
-          f"{summary['principles']} principles, compared at {summary['tokens']} of their tokens, seed {config.seed}")
+          f"{summary['principles']} principles, compared at {summary['tokens']} of their tokens, seed {config.seed}.")
 
 
 def layer_plot(plt, summary):

@@ -56,25 +56,18 @@ class Run:
     """A run on disk and on the terminal. Under torchrun only process 0 writes and prints."""
 
     def __init__(self, directory: Path, config, model, reference, tokenizer, optimizer, data):
-        """Start the directory; with --resume, restore everything from the checkpoint instead."""
         self.directory, self.config, self.writer = directory, config, parallel.rank() == 0
         self.model, self.reference, self.tokenizer = model, reference, tokenizer
         self.optimizer, self.data, self.rates = optimizer, data, learning_rates(config)
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.state = resume.start_state(config, model, tokenizer, data)
         self.step, self.streaks, self.bar = Step(), Counter(), None
-        self.signal, self.signal_time, self.between_steps, self.saved = 0, 0.0, True, None
+        self.signal, self.signal_time, self.between_steps, self.saved = 0, 0.0, False, None
         optimizer.register_step_pre_hook(lambda *_: self._leave_the_last_step())
-        if config.resume:
-            resume.go_on(directory, config, self.weights, optimizer, self.state)
-        elif self.writer:
-            write_config(directory, config, data, model.device)
-            if data.principles:
-                (directory / "prompt.txt").write_text(example_prompt(tokenizer, data), encoding="utf-8")
 
     @contextlib.contextmanager
     def catching(self):
-        """Inside, a signal saves and ends the run, and an error says where it was and how to go on.
+        """Start the run. Inside, a signal saves and ends it, and an error says where it was and how to go on.
 
         Raises SystemExit after a signal, NotFinite with the number of the step, and InputError where
         the disk refuses a file.
@@ -83,6 +76,7 @@ class Run:
             warnings.filterwarnings("ignore", "Sinkhorn stopped")  # warnings_for says it once
             try:
                 try:
+                    self._start()
                     yield
                 except Stopped as stopped:
                     self._stop(*stopped.args)
@@ -136,9 +130,7 @@ class Run:
         self.state["step"] = step.number + 1
         if self.config.save_steps and self.state["step"] % self.config.save_steps == 0:
             self.save()
-        self.between_steps = True
-        if number := max(parallel.gather(self.signal)):  # of any process: all stop after the same step
-            raise Stopped(number)
+        self._enter_the_next_step()
 
     def log(self, step: Step) -> None:
         """Write to metrics.jsonl and samples.jsonl; update the progress bar; print warnings."""
@@ -176,6 +168,23 @@ class Run:
         report(self.directory, self.state["evals"])
         if path := write_plot(self.directory / "curves.png", lambda plt: draw_run(plt, self.directory)):
             print(f"plot {path}")
+
+    def _start(self) -> None:
+        """Write the directory's first files; with --resume, restore everything from the checkpoint instead."""
+        if self.config.resume:
+            resume.go_on(self.directory, self.config, self.weights, self.optimizer, self.state)
+        elif self.writer:
+            write_config(self.directory, self.config, self.data, self.model.device)
+            if self.data.principles:
+                prompt = example_prompt(self.tokenizer, self.data)
+                (self.directory / "prompt.txt").write_text(prompt, encoding="utf-8")
+        self._enter_the_next_step()
+
+    def _enter_the_next_step(self) -> None:
+        """The run is whole. A signal that has come to any process stops all of them here, after the same step."""
+        self.between_steps = True
+        if number := max(parallel.gather(self.signal)):
+            raise Stopped(number)
 
     def _leave_the_last_step(self) -> None:
         """The optimiser is about to change the weights: a signal waits until the step is whole."""
@@ -238,7 +247,6 @@ def settle(config, model, tokenizer) -> None:
     if config.epsilon_high is None:
         config.epsilon_high = config.epsilon
     config.date = set_date(tokenizer, parallel.gather(set_date(tokenizer, config.date))[0])  # of process 0
-    model.bf16 = config.bf16
 
 
 def choose_directory(config) -> Path:
@@ -296,12 +304,3 @@ def git_commit() -> str | None:
         command = ["git", "rev-parse", "HEAD"]
         done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
         return done.stdout.strip() or None
-
-
-def make_schedule(optimizer, config):
-    """The learning rate by steps. Raises InputError where the library refuses these settings."""
-    steps = {"num_warmup_steps": config.warmup_steps, "num_training_steps": config.max_steps}
-    try:
-        return transformers.get_scheduler(config.lr_scheduler_type, optimizer, **steps)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"--lr-scheduler-type: {config.lr_scheduler_type}: {error}; linear works always") from None

@@ -237,6 +237,11 @@ class Config(DatasetConfig):
         return self.micro_batch or 256
 
     @property
+    def how_read(self) -> dict:
+        """Arguments with which completions are read, see scoring.token_states."""
+        return {"bf16": bool(self.bf16), "recompute_rows": self.rows_at_once if self.gradient_checkpointing else None}
+
+    @property
     def eval_rows(self) -> int:
         """Completions sampled together in an evaluation; as in a step if memory is short."""
         in_step = self.num_questions * self.num_principles * self.num_generations

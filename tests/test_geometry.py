@@ -14,7 +14,7 @@ import geometry
 import metrics
 from support import tiny
 from support.model import load_model
-from support.scoring import hidden_states
+from support.scoring import token_states
 
 PRINCIPLES = str(tiny.MODEL_DIR.parent / "principles" / "reasoning.txt")
 
@@ -217,8 +217,8 @@ def test_states_of_every_layer_are_those_of_the_plain_forward_and_of_training():
             torch.testing.assert_close(states[:, n], torch.stack([h[0, -1] for h in hidden]), rtol=1e-4, atol=1e-4)
         tokens = torch.tensor([c + [0] * (5 - len(c)) for c in completions])[:, None]  # [2, 1, T]
         mask = torch.arange(5) < torch.tensor([[3], [5]])  # [2, T]
-        trained_on = hidden_states(model, prompts, tokens, mask[:, None])[:, 0]  # [2, T, d]
-    torch.testing.assert_close(states[-1, 3], trained_on[1, 4], rtol=1e-4, atol=1e-4)
+        trained_on, places = token_states(model, prompts, tokens, mask[:, None])  # [M, d], [M] into 2·T
+    torch.testing.assert_close(states[-1, 3], trained_on[places == 5 + 4][0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_command_on_a_moved_model(tmp_path, capsys):

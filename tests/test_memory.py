@@ -35,7 +35,7 @@ def estimate(loaded, *flags):
     model, tokenizer, data = loaded
     config = train.parse(["--principles", PRINCIPLES, *SMALL, *flags])
     settle(config, model, tokenizer)
-    line = memory.fit(model, data, config)
+    config.gradient_checkpointing, config.micro_batch, line = memory.fit(model, data, config)
     texts = memory.Texts(model, data.longest_prompts, config.max_completion_length)
     return memory.sizes(model, texts, None, config), line, config
 
@@ -47,7 +47,7 @@ def total(parts):
 def test_with_enough_memory_nothing_is_recomputed_and_the_line_says_how_much_is_free(loaded, monkeypatch):
     monkeypatch.setattr("support.memory.free_memory", lambda device: 64e9)
     parts, line, config = estimate(loaded)
-    assert (config.gradient_checkpointing, config.micro_batch, loaded[0].recompute_rows) == (False, 16, None)
+    assert (config.gradient_checkpointing, config.micro_batch) == (False, 16)
     assert line.startswith(f"memory: about {total(parts) / 1e9:.2g} GB (") and line.endswith("of 64 GB free")
     assert f"activations {parts['activations'] / 1e9:.2g}" in line
 
@@ -75,7 +75,7 @@ def test_flags_that_are_given_are_kept(loaded, monkeypatch):
     _, _, config = estimate(loaded, "--micro-batch", "3")
     assert (config.gradient_checkpointing, config.micro_batch) == (False, 3)
     _, _, config = estimate(loaded, "--gradient-checkpointing", "True")
-    assert (config.gradient_checkpointing, config.micro_batch, loaded[0].recompute_rows) == (True, 16, 16)
+    assert (config.gradient_checkpointing, config.micro_batch, config.how_read["recompute_rows"]) == (True, 16, 16)
     monkeypatch.setattr("support.memory.free_memory", lambda device: 1e6)
     with pytest.raises(InputError, match="it does not fit"):
         estimate(loaded, "--gradient-checkpointing", "False")
@@ -118,7 +118,7 @@ def test_the_estimate_counts_what_it_says(loaded, monkeypatch):
 
 def test_a_row_and_a_token_keep_what_torch_keeps_of_a_whole_batch(loaded):
     model, prompts, kept = copy.deepcopy(loaded[0]), [[5, 6, 7, 8, 9] * 9, [5, 6, 9, 9, 7] * 9], {}
-    model.recompute_rows, model.bf16, texts = None, False, memory.Texts(model, prompts, 16)
+    texts = memory.Texts(model, prompts, 16)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor):

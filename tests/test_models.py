@@ -30,11 +30,10 @@ from support.data import is_held_out
 from support.errors import InputError
 from support.files import Question, load_questions
 from support.model import add_lora, check_model, load_model, save_model
-from support.prefix import head
 from support.prompts import PromptTemplate, build_messages, encode_prompts, prompt_limit
 from support.run import settle
 from support.sampling import uniform_numbers
-from support.scoring import hidden_states, log_probs
+from support.scoring import completion_logp, token_log_probs, token_states
 from support.steps import Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -325,8 +324,7 @@ def largest_error(model, prompts, lengths):
     tokens = torch.randint(5, 500, (len(prompts), 2, 8), generator=torch.Generator().manual_seed(1))  # [P, N, T]
     mask = torch.arange(8) < torch.tensor(lengths)[..., None]  # [P, N, T]
     with torch.no_grad():
-        hidden = hidden_states(model, prompts, tokens, mask)  # [P, N, T, d]
-        ours = log_probs(model, hidden, tokens, mask, 1.0)  # [P, N, T]
+        ours = completion_logp(model, prompts, tokens, mask, 1.0)  # [P, N, T]
         worst = 0.0
         for (p, n), length in np.ndenumerate(lengths):
             written = tokens[p, n, :length]  # [length]
@@ -464,7 +462,7 @@ def test_checkpointing_and_micro_batches_below_a_question_change_no_gradient(nam
     config, batch, targets = make_batch(model, tokenizer, "--lambda-mi", "0.1", "--lambda-ot", "0.1",
                                         "--num-generations", "4", "--max-grad-norm", "1e9", start=start)
     whole, terms = gradient(model, batch, targets, config)
-    model.recompute_rows = config.micro_batch = int(micro_batch)
+    config.gradient_checkpointing, config.micro_batch = True, int(micro_batch)
     parts, part_terms = gradient(model, batch, targets, config)
     assert whole.norm() > 0 and difference(parts, whole) < 1e-7
     assert math.isclose(terms["loss"], part_terms["loss"], rel_tol=1e-6)
@@ -477,11 +475,10 @@ def test_checkpointing_keeps_the_activations_of_micro_batch_completions_only(tmp
     def saved(generations, recompute):
         _, batch, _ = make_batch(model, tokenizer, "--num-generations", generations)
         prompts = [prompt for row in batch.prompts for prompt in row]
-        model.recompute_rows, seen = recompute, {}
+        tokens, mask, seen = batch.tokens.flatten(0, 1), batch.mask.flatten(0, 1), {}  # [P, N, T] both
         with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.data_ptr(), t), lambda t: t):
-            hidden = hidden_states(model, prompts, batch.tokens.flatten(0, 1), batch.mask.flatten(0, 1))
-        model.recompute_rows = None
-        return sum(t.untyped_storage().nbytes() for t in seen.values()) / hidden.numel()
+            states, _ = token_states(model, prompts, tokens, mask, recompute_rows=recompute)  # [M, d]
+        return sum(t.untyped_storage().nbytes() for t in seen.values()) / states.numel()
 
     assert saved("8", 4) < saved("8", None) / 5
 
@@ -491,7 +488,7 @@ def test_bfloat16_changes_log_probs_little_and_leaves_them_float32(tmp_path):
     config, batch, targets = make_batch(model, tokenizer, "--num-generations", "4")
     figures = []
     for bf16 in (False, True):
-        model.bf16 = bf16
+        config.bf16 = bf16
         now = train.read(model, batch, targets.ot_tokens, config, 4)
         assert {t.dtype for t in (now.logp, now.states, now.scores)} == {torch.float32}
         loss, terms = train.losses(now, batch, targets, config)
@@ -504,11 +501,11 @@ def test_bfloat16_changes_log_probs_little_and_leaves_them_float32(tmp_path):
 
 
 def test_bfloat16_with_checkpointing_has_the_gradient_it_has_without(tmp_path):
-    model, tokenizer = load_model(str(tiny.MODEL_DIR), torch.device("cpu"), bf16=True)
+    model, tokenizer = load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
     flags = "--num-generations 4 --micro-batch 3 --bf16 True".split()
     config, batch, targets = make_batch(model, tokenizer, *flags)
     whole, _ = gradient(model, batch, targets, config)
-    model.recompute_rows = 3
+    config.gradient_checkpointing = True
     parts, _ = gradient(model, batch, targets, config)
     assert difference(parts, whole) < 0.02, "rows in other blocks are rounded otherwise, no more"
 
@@ -522,24 +519,24 @@ def test_log_probs_by_chunk_equal_the_definition(cap, bias, tmp_path):
     if bias:
         model.lm_head.bias = torch.nn.Parameter(torch.randn(512))
     model.double()
-    hidden = torch.randn(2, 3, 7, 32, dtype=torch.float64, requires_grad=True)  # [P, N, T, d]
-    tokens, weights = torch.randint(512, (2, 3, 7)), torch.randn(2, 3, 7, dtype=torch.float64)  # [P, N, T] both
-    mask = torch.rand(2, 3, 7) < 0.7  # [P, N, T]
+    hidden = torch.randn(42, 32, dtype=torch.float64, requires_grad=True)  # [M, d]
+    tokens, weights = torch.randint(512, (42,)), torch.randn(42, dtype=torch.float64)  # [M] both
     inputs, results = [hidden, *model.lm_head.parameters()], []
-    logits = head(model, 9 * hidden) / 0.7  # [P, N, T, V]
-    plain = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0] * mask  # [P, N, T]
-    for logp in (plain, *(log_probs(model, 9 * hidden, tokens, mask, 0.7, n * 512) for n in (1, 8, 99))):
+    logits = model.lm_head(9 * hidden)  # [M, V]
+    logits = (logits if cap is None else cap * (logits / cap).tanh()) / 0.7  # [M, V]
+    plain = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]  # [M]
+    for logp in (plain, *(token_log_probs(model, 9 * hidden, tokens, 0.7, n * 512) for n in (1, 8, 99))):
         results.append([logp, *torch.autograd.grad((logp * weights).sum(), inputs)])
     for ours in results[1:]:
         torch.testing.assert_close(ours, results[0], rtol=1e-9, atol=1e-12)
 
 
 def test_bfloat16_log_probs_by_chunk_are_those_of_one_chunk():
-    model, _ = load_model(str(tiny.MODEL_DIR), torch.device("cpu"), bf16=True)
+    model, _ = load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
     hidden, tokens = torch.randn(64, 128, requires_grad=True), torch.randint(512, (64,))  # [M, d], [M]
     results = []
     for chunk in (64 * 512, 8 * 512):
-        logp = log_probs(model, hidden, tokens, torch.ones(64, dtype=torch.bool), 1.0, chunk)  # [M]
+        logp = token_log_probs(model, hidden, tokens, 1.0, chunk, bf16=True)  # [M]
         results.append([logp, *torch.autograd.grad(logp.square().sum(), [hidden, model.lm_head.weight])])
     assert all(t.dtype == torch.float32 for t in results[1])
     for a, b in zip(*results, strict=True):
@@ -580,8 +577,8 @@ def test_bfloat16_is_the_default_where_the_processor_has_it_but_not_for_the_embe
 @needs_peft
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_reference_of_lora_is_the_policy_at_the_start_and_only_adapters_train(bf16):
-    model, tokenizer = load_model(str(tiny.MODEL_DIR), torch.device("cpu"), bf16=bf16)
-    model = add_lora(model, 4, seed=0)
+    model, tokenizer = load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    model = add_lora(model, 4, seed=0, bf16=bf16)
     assert not any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules()), "dropout is on"
     assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.float32}
     flags = ["--lambda-mi", "0.1", "--lambda-ot", "0.1", "--bf16", str(bf16)]

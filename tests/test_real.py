@@ -74,7 +74,7 @@ def test_lm_evals_log_likelihoods_are_those_of_a_plain_forward(monkeypatch):
     import torch
 
     model, tokenizer = load_model(str(smollm2.default_folder()), torch.device("cpu"))
-    monkeypatch.setattr(real.policy, "load_model", lambda *_: (model, tokenizer))
+    monkeypatch.setattr(real, "load_model", lambda *_: (model, tokenizer))
     pairs = [("Q: Is ice cold?\nA:", " Yes."), ("Q: Is ice cold?\nA:", " No, never."), ("Q: Why?\nA:", " Because.")]
     for (context, answer), (value, _) in zip(pairs, real.log_likelihoods("any", pairs)):
         ids = tokenizer(context + answer)["input_ids"]

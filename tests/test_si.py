@@ -178,7 +178,7 @@ def test_a_pool_is_measured_in_parts_and_the_best_again_under_each_other(run, mo
     chosen = result["selection"]
     assert len(chosen["pool"]) == 4 and set(chosen["indices"]) <= set(chosen["pool"])
     shown = capsys.readouterr().out
-    assert "3 of the 4 principles" in shown and "at most log 3" in shown and "best 4 are measured again" in shown
+    assert "3 of the 4 principles" in shown and "at most log\n  3, and a lower bound" in shown and "best 4 are measured again" in shown
 
 
 # ------------------------------------------------------------------------------------------------ selection

@@ -373,14 +373,15 @@ def test_not_converged_is_loud(entropic_ot, sinkhorn_divergence):
 def test_door(change, message, entropic_ot, sinkhorn_divergence):
     good = dict(x=torch.rand(4, 2), y=torch.rand(3, 2), eps=1.0)
     for function in (entropic_ot, sinkhorn_divergence):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(FloatingPointError if "x must be finite" in message or "far" in message else ValueError,
+                           match=message):
             function(**(good | change))
 
 
 def test_door_of_the_potentials():
     for cost, message in ((torch.ones(3), "cost must be"), (torch.ones(2, 0), "cost must be"),
                           (torch.tensor([[0.0, math.inf]]), "C / eps must be finite")):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(FloatingPointError if "finite" in message else ValueError, match=message):
             sinkhorn_potentials(cost, 1.0)
 
 
@@ -558,7 +559,7 @@ def test_fuzz_finite_and_right_or_a_clear_error(part):
             warnings.simplefilter("ignore")  # not converging is allowed, when info says so
             try:
                 value, info = sinkhorn.sinkhorn_divergence(leaf, y, eps, a, b, max_iter=200)
-            except ValueError as error:
+            except (ValueError, FloatingPointError) as error:
                 assert re.search("finite|positive sum", str(error)), f"{where}: not clear: {error}"
                 refused += 1
                 continue

@@ -47,7 +47,7 @@ from support.prompts import (  # noqa: E402
     eos_ids,  # noqa: E402
 )
 from support.sampling import uniform_numbers  # noqa: E402
-from support.scoring import score_matrix  # noqa: E402
+from support.scoring import read_completions  # noqa: E402
 
 GUESS = 0.35
 WELL_FORMED_SHARE = {"guess": 0.80, "work": 0.30}
@@ -222,7 +222,7 @@ def sample_and_score(model, tokenizer, questions, name: str):
     cot = cot_mask(tokenizer, out.tokens, out.mask)  # [Q·K, 1, T]
     by_question = (t.unflatten(0, (len(questions), num)) for t in (out.tokens, out.mask, cot))  # [Q, K, 1, T] each
     prompts = [prompts[q : q + num] for q in range(0, len(prompts), num)]  # Q lists of K
-    _, _, scores = score_matrix(model, prompts, *by_question, 1.0, generations=1)  # [Q, 1, K, K]
+    _, _, scores = read_completions(model, prompts, *by_question, 1.0, generations=1)  # [Q, 1, K, K]
     texts = answers.decode(tokenizer, out.tokens[:, 0], out.mask[:, 0], ends)  # Q·K
     return texts, out.truncated[:, 0].tolist(), scores[:, 0]
 
