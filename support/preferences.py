@@ -3,7 +3,7 @@
     logp[p]      log-probabilities of the chosen and the rejected response of pair p, summed
     loss, stats  infopo_loss(*logp.unbind(1), *ref_logp.unbind(1), beta), or dpo_loss
 
-The two responses share their prompt, which goes through the model once (policy.py). The reference
+The two responses share their prompt, which goes through the model once (prefix.py). The reference
 is the policy at the start; its log-probabilities are kept, so training holds no second model.
 """
 
@@ -49,14 +49,15 @@ def load_preferences(source, left_out=None) -> list[Preference]:
     return pairs if pairs else left_out.tell(0, "pairs")  # raises
 
 
-def encode_preferences(tokenizer, pairs, end, max_length=None) -> list:
+def encode_preferences(tokenizer, pairs, end, max_length=None, new_tokens=0) -> list:
     """(prompt, chosen, rejected) token ids of each pair, or the InputError that refuses it.
 
     Both responses end with the token `end`. Messages become a prompt as in `encode_prompts`;
     strings stay as they are, control tokens too (their author's own chat format), after one BOS if
     the tokenizer writes one. Prompt and response are tokenised as one text, as in TRL; where a token
     reaches over the seam, the prompt ends before it. Refused is what `encode_prompts` refuses, a
-    control token in a response, and a pair of more than `max_length` tokens.
+    control token in a response, and a pair of more than `max_length` tokens, or whose prompt leaves no
+    room for `new_tokens`.
     """
     found = control_tokens(tokenizer, [text for pair in pairs for text in (pair.chosen, pair.rejected)])
     chats = [pair for pair in pairs if not isinstance(pair.prompt, str)]
@@ -69,23 +70,24 @@ def encode_preferences(tokenizer, pairs, end, max_length=None) -> list:
     encoded = (encode_texts(tokenizer, some) for some in (texts, chosen, rejected))
     for pair, prompt, *ids in zip(pairs, prompts, *encoded):
         try:
-            rows.append(_tokens(pair, good(prompt), ids, end, found, max_length))
+            good(prompt)
+            rows.append(_tokens(pair, ids, end, found, max_length, new_tokens))
         except InputError as error:
             rows.append(error)
     return rows
 
 
-def _tokens(pair, prompt, ids, end, found, max_length):
+def _tokens(pair, ids, end, found, max_length, new_tokens):
     """(prompt, chosen, rejected) from the token ids of the prompt alone and with each response."""
     for side, text in ("chosen", pair.chosen), ("rejected", pair.rejected):
         refuse(f"{pair.where}: {side} {short(text)}", found.get(text))
     shared = len(os.path.commonprefix(ids))  # it takes lists too
     chosen, rejected = ([*joint[shared:], end] for joint in ids[1:])
-    length = shared + max(len(chosen), len(rejected))
+    length = shared + max(len(chosen), len(rejected), new_tokens)
     if shared < 2:
         raise InputError(f"{pair.where}: the prompt {short(pair.text)} has {shared} tokens; 2 or more are accepted")
     if max_length is not None and length > max_length:
-        raise TooLong(f"{pair.where}: {short(pair.text)} and its longer response have {length} tokens; at most "
+        raise TooLong(f"{pair.where}: {short(pair.text)} and its longest response have {length} tokens; at most "
                       f"{max_length} are accepted")
     return ids[0][:shared], chosen, rejected
 
@@ -161,9 +163,10 @@ def add_reference(model, pairs: Pairs, temperature, **how) -> Pairs:
     return replace(pairs, ref_logp=all_logp(model, pairs, temperature, **how))  # [P, 2]
 
 
-def encode_pairs(model, tokenizer, preferences, left_out=None) -> Pairs:
+def encode_pairs(model, tokenizer, preferences, left_out=None, new_tokens=0) -> Pairs:
     """`Preference`s as tokens. Without `left_out`, InputError for one beyond the model's context."""
-    encoded = encode_preferences(tokenizer, preferences, turn_end(model, tokenizer), prompt_limit(model, 0))
+    end, limit = turn_end(model, tokenizer), prompt_limit(model, 0)
+    encoded = encode_preferences(tokenizer, preferences, end, limit, new_tokens)
     kept, none_taken = [], all(isinstance(row, InputError) for row in encoded)
     for pair, row in zip(preferences, encoded):
         if isinstance(row, InputError) and left_out:
@@ -192,8 +195,9 @@ def load_pairs(model, tokenizer, config) -> Data:
         train, held_out = split(pairs, config.eval_questions)
         if needed < len(train):  # the reference reads each pair before the first step
             train = [train[n] for n in items_of_step(len(train), 0, needed, config.seed)]
-    sides = [encode_pairs(model, tokenizer, pairs, left_out) for pairs in (train, held_out)]
-    left_out.tell(total - left_out.count, "pairs")
+    room = 0, config.max_completion_length  # an evaluation writes a completion of its own
+    sides = [encode_pairs(model, tokenizer, *side) for side in zip((train, held_out), (left_out, left_out), room)]
+    left_out.tell(total - left_out.count if any(map(len, sides)) else 0, "pairs")
     check_sides(*sides, config.eval_questions, "pairs")
     sides = [add_reference(model, pairs, config.temperature, **config.how_read) for pairs in sides]
     return Data(make_template(config), pairs=sides[0], held_out_pairs=sides[1])

@@ -179,9 +179,9 @@ def _lines(file, name):
         yield f"{printable(name)}:{number}", line
 
 
-def _decoded(where, line: bytes) -> str:
+def _decoded(where, line: bytes, errors="strict") -> str:
     try:
-        return line.decode().lstrip("\ufeff")
+        return line.decode(errors=errors).lstrip("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: byte {error.start + 1} is {line[error.start]:#04x}; UTF-8 is accepted") from None
 
@@ -205,30 +205,34 @@ def json_objects(path):
 
 def _csv_rows(lines):
     """Each cell as it stands; an empty one is not in the row, and a row of empty ones is no row."""
-    where = None  # the line in which the present row begins
+    where, names = None, None  # the line in which the present row begins; the header
 
     def texts():
         nonlocal where
         for place, line in lines:
             where = where or place
-            yield _decoded(place, line)
+            yield _decoded(place, line, "surrogateescape" if names else "strict")  # a bad byte: see text_of
 
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(texts(), strict=True)
-    try:
-        names = next((cells for cells in reader if any(cells)), [])
-        where = None
-        for cells in reader:
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield where, InputError(f'{where}: {error}; cells between commas, with "…" around one that holds a comma '
+                                    "or a line break, are accepted"), names or ()
+            cells = []
+        if cells is None:
+            return
+        if any(cells) and not names:
+            names = cells
+        elif any(cells):
             row = {name: cell for name, cell in zip(names, cells) if cell}
             if len(cells) != len(names):
                 row = InputError(f'{where}: has {len(cells)} cells, and the header {len(names)}; as many, with "…" '
                                  "around a cell that holds a comma, are accepted")
-            if any(cells):
-                yield where, row, names
-            where = None
-    except csv.Error as error:
-        raise InputError(f'{where}: {error}; cells between commas, with "…" around one that holds a comma or a line '
-                         "break, are accepted") from None
+            yield where, row, names
+        where = None
 
 
 def _json_rows(lines):
@@ -275,6 +279,8 @@ def text_of(where, row, field, accepted="a non-empty string") -> str:
         raise InputError(f"{where}: {field} is missing in {short(row)}; {accepted} is accepted")
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: {field} is {short(value)}; {accepted} is accepted")
+    if bad := re.search("[\udc80-\udcff]", value):  # how a byte that is not UTF-8 has been decoded
+        raise InputError(f"{where}: {field} contains the byte {ord(bad[0]) - 0xdc00:#04x}; UTF-8 is accepted")
     if bad := re.search("[\0\ud800-\udfff]", value):  # JSON can spell lone surrogates, UTF-8 cannot
         raise InputError(f"{where}: {field} contains {bad[0]!r}; Unicode text without NUL is accepted")
     return value.strip()

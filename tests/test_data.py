@@ -269,6 +269,19 @@ def test_bad_pairs_are_left_out_of_a_set_and_refused_in_a_file(tiny_model, tmp_p
                 load_pairs(*tiny_model, config)
 
 
+def test_a_held_out_prompt_leaves_room_for_the_completion_that_an_evaluation_writes(tiny_model, tmp_path):
+    model, tokenizer = tiny_model
+    texts = [("word " * length).strip() for length in range(240, 256)]  # two tokens a word
+    rows = [{"prompt": text, "chosen": "a", "rejected": "b"} for text in texts]
+    path = write(tmp_path, "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    short = [{"prompt": q.text, "chosen": "a", "rejected": "b"} for q in POOL[:40]]
+    write(tmp_path, "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows + short))
+    read = load_pairs(model, tokenizer, train.parse(["--preferences", str(path), "--max-completion-length", "100"]))
+    context = model.config.max_position_embeddings
+    assert all(len(prompt) + 100 <= context for prompt in read.held_out_pairs.prompts)
+    assert any(len(prompt) + 100 > context for prompt in read.pairs.prompts), "training writes nothing"
+
+
 # ------------------------------------------------------------------------------------------------ whose prompt
 
 EXAMPLE = {"question": "1 + 1?", "principle": "Be kind.", "reasoning": "Dear, 2.", "answer": "2"}

@@ -108,3 +108,17 @@ def test_parts_cover_everything_once(monkeypatch):
             monkeypatch.setattr("support.parallel.rank", lambda rank=rank: rank)
             parts += list(range(10))[parallel.share(10)]
         assert parts == list(range(10))
+
+
+def test_two_processes_take_pairs_in_the_steps_of_one(tmp_path):
+    """Of nine pairs a few are held out: steps of four go over the ends of epochs, and no process is left without a pair."""
+    rows = [{"prompt": f"Tom has {n} pens and gets 2 more. How many pens?", "chosen": f" {n + 2}", "rejected": f" {n - 2}"} for n in range(5, 14)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = f"--preferences {tmp_path}/pairs.jsonl --num-pairs 4 --max-steps 3 --eval-steps 0 --max-completion-length 8 --output-dir".split()
+    two = start_two("train.py", *flags, str(tmp_path / "two"))
+    _, errors = two.communicate()
+    assert two.returncode == 0, errors
+    assert train.main([*flags, str(tmp_path / "one")]) == 0
+    ours, theirs = ([row["pair_margin"] for row in lines(tmp_path / name / "metrics.jsonl")] for name in ("one", "two"))
+    assert len(ours) == 3
+    torch.testing.assert_close(torch.tensor(theirs), torch.tensor(ours), rtol=1e-4, atol=1e-4)

@@ -12,7 +12,6 @@ from support.files import Example
 from support.prompts import (
     PromptTemplate,
     build_messages,
-    encode_after,
     encode_prompts,
     prompt_fingerprint,
     render,
@@ -169,22 +168,6 @@ def test_a_prefill_is_tokenised_with_the_prompt(make):
 def test_a_control_token_in_an_example_is_refused_as_one_of_an_earlier_turn():
     talk = build_messages("2 + 3?", "Be brief.", [Example("1 + 1?", "Be kind.", "2<|end|>", "2")])
     assert "an earlier turn: contains '<|end|>'" in refusal(encode_prompts, tokenizer_with(TURNS + OPEN), [talk])
-
-
-def test_text_after_a_context_is_what_joint_tokenisation_gives():
-    tokenizer = metaspace_tokenizer()
-    context = "So 5.</reasoning>"
-    start, bridge = (encode_after(tokenizer, *texts) for texts in (("", context), (context, "<answer>")))
-    tail = encode_after(tokenizer, context + "<answer>", "29</answer>")
-    assert tokenizer.decode(start + bridge + tail) == context + "<answer>29</answer>", "a space before the tag?"
-    both, first = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("So 5. It is 5", "So 5. It"))
-    assert first + encode_after(tokenizer, "So 5. It", " is 5") == both
-    merging = tokenizer_with(TURNS + OPEN)  # trained on "</reasoning><answer>"
-    context, text = "</reasoning>", "<answer>"
-    alone, joint = (merging(t, add_special_tokens=False)["input_ids"] for t in (context, context + text))
-    assert joint[: len(alone)] != alone, "the case needs a token across the seam"
-    ids = encode_after(merging, context, text)
-    assert merging.decode(alone + ids) == context + text, "what the model has read must stay as it is"
 
 
 # The date, and the fingerprint

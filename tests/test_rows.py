@@ -126,6 +126,19 @@ def test_a_wrong_row_ends_the_reading_of_a_file_and_is_left_out_of_a_folder(row,
     assert refusal(load_questions, path).startswith(f"{path}:2: ") and WRONG[row] in refusal(load_questions, path)
 
 
+@pytest.mark.parametrize("row, told", [
+    (b"caf\xe9?,1", "byte 0xe9"), (b"b, or c?,1", "3 cells"), (b"b?", "1 cells"), (b'"b?"x,1', "expected after"), (b",1", "question is missing"),
+])
+def test_a_wrong_row_of_a_csv_is_left_out_of_a_folder_and_refused_in_a_file(row, told, tmp_path, capsys):
+    pytest.importorskip("datasets")
+    source = folder(tmp_path, train_csv=b"question,answer\na?,1\n" + row + b"\nd?,2\n")
+    assert {q.text for q in load_questions(source)} == {"a?", "d?"}
+    line = capsys.readouterr().out
+    assert line.startswith(f"{source}: 1 of 3 questions are left out") and "train.csv:3: " in line and told in line, line
+    path = f"{source}/train.csv"
+    assert refusal(load_questions, path).startswith(f"{path}:3: ")
+
+
 def test_a_folder_without_one_right_row_tells_the_first_reason_and_is_not_read_to_its_end(tmp_path):
     pytest.importorskip("datasets")
     source = folder(tmp_path, train_jsonl='{"Question": "a?"}\n' * 5000)

@@ -2,7 +2,7 @@
 
     python tiny-model/build.py        about 20 minutes on two cores; nobody needs to, it is shipped
 
-tiny.py has the task. The text is made so that alignment has something to do and can go wrong;
+support/tiny.py has the task. The text is made so that alignment has something to do and can go wrong;
 everything that training later changes was put there on purpose, at these rates:
 
     GUESS                .35       of completions skip the working and state a random number
