@@ -28,6 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
+
 import torch  # noqa: E402
 
 from experiments.common import make_parser, read_lines, run_script, run_training, side_by_side  # noqa: E402
