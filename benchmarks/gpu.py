@@ -52,6 +52,7 @@ from benchmarks import step  # noqa: E402
 from grpo import group_advantages  # noqa: E402
 from support import checkpoint, memory, sampling, tiny  # noqa: E402
 from support.attention import use_attention  # noqa: E402
+from support.data import make_template  # noqa: E402
 from support.model import add_lora, frozen_copy  # noqa: E402
 from support.prompts import encode_prompts  # noqa: E402
 from support.run import settle  # noqa: E402
@@ -175,7 +176,8 @@ class Bench:
         model, reference, optimizer, _ = self.state(config)
         self.step(model, reference, optimizer, config, 0)  # AdamW has moments from now on
         held_out = tiny.make_questions(config.eval_questions, held_out=True)
-        data = types.SimpleNamespace(principles=tiny.principles(), held_out=held_out)
+        data = types.SimpleNamespace(
+            principles=tiny.principles(), held_out=held_out, template=make_template(config))
         clock = [step.now()]
         train.evaluate(model, reference, self.tokenizer, data, config)
         clock.append(step.now())

@@ -40,8 +40,9 @@ def _aligned(shape, dtype, device):
 
 def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """The library's attention; on a GPU without copies of keys and values for the heads that share them."""
-    shared, one_mask = query.shape[1] // key.shape[1], attention_mask is not None and attention_mask.shape[1] == 1
-    if query.is_cuda and shared > 1 and query.shape[2] > 1 and one_mask and kwargs.get("position_bias") is None:
+    shared = 1 < key.shape[1] < query.shape[1]  # one head alone is shared without a copy
+    one_mask = attention_mask is not None and attention_mask.shape[1] == 1 and kwargs.get("position_bias") is None
+    if query.is_cuda and shared and one_mask and query.shape[2] > 1:
         return attention_of_shared_heads(query, key, value, attention_mask, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 

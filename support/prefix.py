@@ -94,16 +94,17 @@ def _encode(model, ids, mask, layers=None):
 def copy_cache(layers, rows, room: int = 0, rounded: bool = True) -> DynamicCache:
     """A cache whose row r continues prompt rows[r], with `room` for so many more tokens.
 
-    rounded: keys as coarse as values. Beside bfloat16 values the keys, which are rotated in float32,
-    stay float32, although attention rounds both; gradients of a prompt's keys are still summed so.
+    rounded: with bfloat16 products (see logits.autocast) to bfloat16. The keys, rotated in float32, would
+    stay so, although attention rounds them; gradients of a prompt's keys are summed in float32 all the same.
     """
+    rounded = rounded and torch.is_autocast_enabled(rows.device.type)
     cache = DynamicCache()  # made without the config, so that sliding-window layers keep all places
     for layer in layers:
         # not keys[rows]: on a CPU its gradient depends on the order of threads (on a GPU this one's does)
         keys, values = (states.index_select(0, rows) for states in layer)  # [R, H, L-1, D] both
         for states in (keys, values) if keys.requires_grad else ():
             states.register_hook(torch.Tensor.contiguous)  # adding up rows of a strided gradient is 4 times slower
-        keys = keys.to(values.dtype) if rounded else keys  # [R, H, L-1, D]
+        keys, values = (keys.bfloat16(), values.bfloat16()) if rounded else (keys, values)  # [R, H, L-1, D] both
         cache.layers.append(RoomyLayer(keys, values, room) if room else GrowingLayer(keys, values))
     return cache
 
