@@ -37,7 +37,7 @@ def test_the_two_commands_set_up_and_run():
 
 
 def test_the_loop_is_that_of_train_py():
-    shown = README.partition("## The loop")[2].partition("```python\n")[2].partition("```")[0]
+    shown = README.partition("## Read it")[2].partition("```python\n")[2].partition("```")[0]
     assert shown.startswith("def loop(") and shown in (ROOT / "train.py").read_text(encoding="utf-8")
 
 
@@ -82,7 +82,7 @@ def test_every_relative_link_resolves(page):
 
 def test_every_flag_they_name_is_a_flag():
     common = "".join((ROOT / "experiments" / name).read_text(encoding="utf-8") for name in ("common.py", "real.py"))
-    commands = re.findall(r"(?:python ((?:benchmarks/)?\w+\.py)|lm_eval|torchrun)\b([^`#\n]*(?:\n--[^`#\n]*)?)", ALL)
+    commands = re.findall(r"(?:python ((?:benchmarks/|experiments/)?\w+\.py)|lm_eval|torchrun)\b([^`#\n]*(?:\n--[^`#\n]*)?)", ALL)
     rest = ALL
     for script, arguments in sorted(commands, key=lambda command: -len(command[1])):  # some are the start of others
         rest = rest.replace(arguments, "") if script != "train.py" else rest
