@@ -582,3 +582,16 @@ def test_fuzz_finite_and_right_or_a_clear_error(part):
         resolved = exact.converged and size.max() / eps < 1e4  # else float32 does not know P
         assert away < 2e-2 or not resolved, f"{where}: gradient off by {away:.1e} of a distance"
     assert refused < len(cases) / 2, "most cases are refused: nothing is tested"
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_reading_the_error_at_every_fourth_iteration_changes_no_value(same, monkeypatch):
+    """As on a GPU: elements of a batch that converge at different iterations stay where they are until it is read."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 20, 3) * torch.linspace(0.3, 2, 6)[:, None, None]  # [B, n, d]
+    y = x if same else torch.randn(6, 25, 3)  # [B, m, d]
+    value, info = sinkhorn.entropic_ot(x, y, 0.3)
+    monkeypatch.setattr(sinkhorn, "_read_now", lambda iteration, max_iter, _: iteration % 4 == 0 or iteration == max_iter)
+    again, later = sinkhorn.entropic_ot(x, y, 0.3)
+    assert torch.equal(again, value) and torch.equal(later.marginal_error, info.marginal_error)
+    assert later.iterations == -(-info.iterations // 4) * 4
