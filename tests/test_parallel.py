@@ -72,7 +72,7 @@ def test_two_processes_take_the_steps_of_one(runs):
 def test_one_process_writes_and_speaks(runs):
     folders, printed = runs
     files = [sorted(str(f.relative_to(run)) for f in run.rglob("*")) for run in folders.values()]
-    assert files[0] == files[1] and "checkpoints/step_2/state.json" in files[1]
+    assert files[0] == files[1] and "checkpoints/step_2.pt" in files[1]
     assert lines(folders[2] / "samples.jsonl")[0]["completion"] == lines(folders[1] / "samples.jsonl")[0]["completion"]
     assert printed.count("held-out questions: 4") == 1
 
