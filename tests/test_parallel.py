@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = (
     "--principles principles/reasoning.txt --dataset tests/questions.jsonl --num-questions 3 "
     "--num-principles 2 --num-generations 2 --max-steps 2 --num-iterations 2 --eval-questions 5 "
-    "--eval-steps 1 --warmup-steps 0 --max-completion-length 24 --micro-batch 8 --save-steps 2"
+    "--eval-steps 1 --warmup-steps 0 --max-completion-length 24 --micro-batch 8 --save-steps 2 --seed 1"
 ).split()  # three questions on two processes: the shares differ
 
 
