@@ -91,9 +91,7 @@ def train(config: Config) -> Path:
     print(line, flush=True)
     # The reference is a frozen copy; with LoRA, the model without its adapters. Pairs keep its log-probabilities.
     reference = frozen_copy(model, config.bf16) if config.principles and not config.lora_rank else None
-    optimizer = torch.optim.AdamW(
-        model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     run = Run(directory, config, model, reference, tokenizer, optimizer, data)
     with run.catching():
         loop(run) if config.principles else preferences.loop(run)

@@ -112,7 +112,7 @@ class Bench:
         config.gradient_checkpointing, config.micro_batch, line = memory.fit(model, data, config)
         print(line, file=sys.stderr, flush=True)
         reference = None if config.lora_rank else frozen_copy(model, config.bf16)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
         return model, reference, optimizer, line
 
     def sample(self, model, config, number):

@@ -128,7 +128,7 @@ class Program:
         """Take the first optimiser step of the loop, and read the batch again. The model is left changed."""
         kept, step = [weight.detach().clone() for weight in self.weights], Step(0, learning_rates(self.config)[0])
         before, _ = self.read_again(moment)
-        optimizer = torch.optim.AdamW(self.weights, weight_decay=self.config.weight_decay)
+        optimizer = torch.optim.AdamW(self.weights, weight_decay=0.0)
         train.update(self.model, optimizer, moment.batch, moment.targets, step, self.config)
         after, terms = self.read_again(moment)
         moved = norm([weight.detach() - old for weight, old in zip(self.weights, kept)])

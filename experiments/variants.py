@@ -10,9 +10,9 @@ the highest accuracy among those whose SI is at least that of the start is taken
 
     sinkhorn     ENIGMA as it is: the Sinkhorn divergence of paired tokens, weight --lambda-ot
     sharp        the same at --ot-eps 0.01
-    squared      in its place the mean squared distance of the same tokens' hidden states
-    kl           in its place the KL to the start, weight --beta
-    unpaired     in its place the Sinkhorn divergence of the policy's completions, read by the policy,
+    squared      instead of the Sinkhorn term the mean squared distance of the same tokens' hidden states
+    kl           instead of it the KL to the start, weight --beta
+    unpaired     instead of it the Sinkhorn divergence of the policy's completions, read by the policy,
                  from the start's own completions to the same prompts, read by the start
     no loss      without the InfoNCE loss
     beside       information as a reward beside the InfoNCE loss, weight --mi-reward

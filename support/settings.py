@@ -160,7 +160,6 @@ class Config(DatasetConfig):
     warmup_steps: int = option(
         5, "steps until the full learning rate; the first has 1 / (warmup_steps + 1) of it", at_least=0
     )
-    weight_decay: float = option(0.0, "AdamW's, on all weights (TRL spares norms and biases)", at_least=0)
     max_grad_norm: float = option(1.0, "a gradient with a larger norm is scaled down to it", above=0)
 
     lambda_mi: float = option(0.012, "weight of the InfoNCE term", at_least=0)

@@ -308,7 +308,7 @@ CASES = [
         ("--output-dir", "a\udcff"), ("--seed", "-1"), ("--seed", str(2**70)), ("--seed", "0.5"), ("--seed", "9" * 5000),
         ("--temperature", "nan"), ("--temperature", "inf"), ("--temperature", "1e-300"), ("--mi-temperature", "1e-300"),
         ("--learning-rate", "nan"), ("--learning-rate", "inf"), ("--lambda-mi", "inf"), ("--beta", "-0.0001"),
-        ("--ot-eps", "1e-300"), ("--max-grad-norm", "0"), ("--epsilon", "2"), ("--weight-decay", "nan"), ("--num-questions", ""),
+        ("--ot-eps", "1e-300"), ("--max-grad-norm", "0"), ("--epsilon", "2"), ("--num-questions", ""),
         ("--num-questions", "two"), ("--max-steps", "-1"), ("--max-completion-length", str(10**30)), ("--eval-questions", "0"),
         ("--num-generations", "1e3"), ("--lr-scheduler-type", ""), ("--loss-type", "GRPO"), ("--nonsense", "1"), ("--seed", ""),
     ]),

@@ -13,7 +13,6 @@ import geometry
 import si
 import train
 from grpo import grpo_loss
-from support import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,7 +36,7 @@ def test_the_two_commands_set_up_and_run():
 
 
 def test_the_loop_is_that_of_train_py():
-    shown = README.partition("## The loop")[2].partition("```python\n")[2].partition("```")[0]
+    shown = README.partition("## Read it")[2].partition("```python\n")[2].partition("```")[0]
     assert shown.startswith("def loop(") and shown in (ROOT / "train.py").read_text(encoding="utf-8")
 
 
@@ -82,7 +81,7 @@ def test_every_relative_link_resolves(page):
 
 def test_every_flag_they_name_is_a_flag():
     common = "".join((ROOT / "experiments" / name).read_text(encoding="utf-8") for name in ("common.py", "real.py"))
-    commands = re.findall(r"(?:python ((?:benchmarks/)?\w+\.py)|lm_eval|torchrun)\b([^`#\n]*(?:\n--[^`#\n]*)?)", ALL)
+    commands = re.findall(r"(?:python ((?:benchmarks/|experiments/)?\w+\.py)|lm_eval|torchrun)\b([^`#\n]*(?:\n--[^`#\n]*)?)", ALL)
     rest = ALL
     for script, arguments in sorted(commands, key=lambda command: -len(command[1])):  # some are the start of others
         rest = rest.replace(arguments, "") if script != "train.py" else rest
@@ -121,7 +120,6 @@ def test_every_logged_number_is_explained_and_no_other(logged, file, which):
 def test_what_differs_from_trl_is_said():
     text = " ".join(ALL.split())
     for claim in ("`--loss-type bnpo` normalises per question (TRL: per batch)",
-                  "`--weight-decay` applies to all weights (TRL spares norms and biases)",
                   "`--max-steps` counts sampled batches (TRL: optimiser updates)"):
         assert claim in text
 
@@ -148,16 +146,13 @@ def test_bnpo_normalises_per_question_and_kl_is_logged_with_beta_alone():
     assert "kl" not in terms and "kl" in train.policy_terms(logp, batch, targets, replace(config, beta=0.1))
 
 
-def test_max_steps_counts_batches_and_weight_decay_spares_no_weight(tmp_path):
-    # One token is no answer: all rewards are 0, so the gradient is 0 and decay alone moves the weights.
-    flags = "--max-steps 2 --num-iterations 3 --learning-rate 0.01 --weight-decay 0.5 --lambda-mi 0 --lambda-ot 0 "\
-            "--lr-scheduler-type constant --warmup-steps 0 --max-completion-length 1 --eval-questions 1 "\
-            f"--num-questions 1 --num-principles 2 --num-generations 2 --dataset {QUESTIONS}"
+def test_max_steps_counts_batches(tmp_path, monkeypatch):
+    flags = "--max-steps 2 --num-iterations 3 --lambda-mi 0 --lambda-ot 0 --max-completion-length 8 --eval-questions 1 "\
+            f"--eval-steps 0 --num-questions 1 --num-principles 2 --num-generations 2 --dataset {QUESTIONS}"
+    steps, descend = [], train.descend
+    monkeypatch.setattr(train, "descend", lambda *arguments: steps.append(None) or descend(*arguments))
     assert train.main(["--principles", PRINCIPLES, *flags.split(), "--output-dir", str(tmp_path / "run")]) == 0
-    start, end = (train.load_model(str(folder), torch.device("cpu"))[0].state_dict()
-                  for folder in (tiny.MODEL_DIR, tmp_path / "run" / "final"))
-    for name, weight in start.items():
-        torch.testing.assert_close(end[name], weight * 0.995**6, msg=f"{name} after 2 batches x 3 passes")
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2 and len(steps) == 6
 
 
 def test_the_example_runs():

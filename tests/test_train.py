@@ -325,7 +325,7 @@ def write(path, content):
         (b"A.\nB.\nA.\n", [], ["p.txt:3", "line 1", "'A.'"]),
         (b"A.\n\xff\xfe\n", [], ["p.txt:2", "0xff", "UTF-8"]),
         (b"A.\nB.\n", [], ["--num-principles", "got 4", "2 to 2"]),
-        (b"A.\nB.\nC.\n" + b"word " * 600, [], ["word word", "tokens", "448"]),
+        (b"A.\nB.\nC.\n" + b"word " * 600, [], ["word word", "tokens", "440"]),
         (b"A.\nB.\nC.\n<|user|> D.\n", [], ["<|user|>", "control token"]),
         (None, ["--num-questions", "0"], ["--num-questions", "got 0", "1 or more"]),
         (None, ["--num-generations", "-3"], ["--num-generations", "got -3"]),
