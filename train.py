@@ -43,7 +43,7 @@ from support.model import add_lora, frozen_copy, load_model
 from support.prompts import prompt_limit
 from support.run import Run, choose_directory, settle
 from support.sampling import uniform_numbers
-from support.scoring import frozen_start, read_completions
+from support.scoring import frozen_reference, read_completions
 from support.settings import Config
 from support.steps import backward, combine, descend, gather_evaluation, micro_batches
 
@@ -133,6 +133,11 @@ class Batch:
     truncated: torch.Tensor  # [Q, K, G] bool
     entropy: torch.Tensor  # [Q, K, G] nats per token
 
+    @property
+    def completions(self) -> tuple:
+        """What scoring.read_completions reads of them."""
+        return self.prompts, self.tokens, self.mask, self.cot
+
 
 @dataclass
 class Outputs:
@@ -175,19 +180,19 @@ def draw(questions: list, principles: list, config: Config, step: int) -> list[T
 @torch.no_grad()
 def sample(model, tokenizer, template, tasks: list[Task], num_generations: int, config: Config) -> Batch:
     """Sample G completions of each question under each principle."""
-    num = len(tasks[0].principles)
+    num_principles = len(tasks[0].principles)
     pairs = [(task.question.text, principle.text) for task in tasks for principle in task.principles]  # Q·K
     prompts = template.encode(tokenizer, pairs, prompt_limit(model, config.max_completion_length))  # Q·K
     names, length = [task.key for task in tasks], config.max_completion_length
     how = config.temperature, template.prefill, config.bf16
     out, texts = sampling.write(model, tokenizer, prompts, names, num_generations, length, *how)
     tokens, mask, truncated, entropy = (
-        t.unflatten(0, (len(tasks), num)) for t in (out.tokens, out.mask, out.truncated, out.entropy)
+        t.unflatten(0, (len(tasks), num_principles)) for t in (out.tokens, out.mask, out.truncated, out.entropy)
     )  # [Q, K, G, T] twice, [Q, K, G] twice
     return Batch(
         tasks=tasks,
-        prompts=[prompts[q : q + num] for q in range(0, len(prompts), num)],
-        texts=[texts[q : q + num] for q in range(0, len(texts), num)],
+        prompts=[prompts[q : q + num_principles] for q in range(0, len(prompts), num_principles)],
+        texts=[texts[q : q + num_principles] for q in range(0, len(texts), num_principles)],
         tokens=tokens,
         mask=mask,
         cot=cot_mask(tokenizer, tokens, mask),
@@ -198,9 +203,8 @@ def sample(model, tokenizer, template, tasks: list[Task], num_generations: int, 
 
 def read(model, batch: Batch, ot_tokens, config: Config, generations: int = 0) -> Outputs:
     """Each completion under its own principle; for the scores, `generations` of G under all."""
-    completions = batch.prompts, batch.tokens, batch.mask, batch.cot
     which = config.temperature, generations, ot_tokens
-    outputs = Outputs(*read_completions(model, *completions, *which, **config.how_read))
+    outputs = Outputs(*read_completions(model, *batch.completions, *which, **config.how_read))
     check_finite("a hidden state", outputs.states)
     return outputs
 
@@ -220,10 +224,9 @@ def make_targets(model, reference, batch: Batch, rewards: "Rewards", config: Con
 @torch.no_grad()
 def read_reference(model, reference, batch: Batch, ot_tokens, config: Config):
     """(logp [Q, K, G, T], or None without --beta; states [Q, n, d]) by the frozen reference."""
-    completions = batch.prompts, batch.tokens, batch.mask, batch.cot
-    with frozen_start(model, reference) as frozen:
+    with frozen_reference(model, reference) as frozen:
         which = config.temperature, 0, ot_tokens, config.beta > 0
-        logp, states, _ = read_completions(frozen, *completions, *which, **config.how_read)
+        logp, states, _ = read_completions(frozen, *batch.completions, *which, **config.how_read)
     check_finite("a hidden state of the reference", states)
     return logp, states
 
@@ -260,9 +263,8 @@ def reward(question: Question, principle: Principle, text: str) -> float:
 @torch.no_grad()
 def read_scores(model, batch: Batch, config: Config):
     """The scores of all completions, [Q, G, K, K], that --mi-reward computes the information from."""
-    completions = batch.prompts, batch.tokens, batch.mask, batch.cot
     which = config.temperature, batch.tokens.shape[2]
-    return read_completions(model, *completions, *which, **config.how_read)[2]  # [Q, G, K, K]
+    return read_completions(model, *batch.completions, *which, **config.how_read)[2]  # [Q, G, K, K]
 
 
 def reward_completions(batch: Batch, config: Config, scores=None) -> Rewards:

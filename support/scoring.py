@@ -35,7 +35,7 @@ def block_side(device) -> int:
 
 
 @contextlib.contextmanager
-def frozen_start(model, reference):
+def frozen_reference(model, reference):
     """The policy at the start: `reference`, or where that is None `model` with its adapters off."""
     with contextlib.nullcontext() if reference else model.disable_adapter():
         yield reference or model
