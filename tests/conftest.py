@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def processor_without_bf16():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+        if torch.cuda.is_available():
+            patch.setattr("support.run.has_bf16", lambda device: False)
         yield
 
 

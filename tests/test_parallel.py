@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = (
     "--principles principles/reasoning.txt --dataset tests/questions.jsonl --num-questions 3 "
     "--num-principles 2 --num-generations 2 --max-steps 2 --num-iterations 2 --eval-questions 5 "
-    "--eval-steps 1 --warmup-steps 0 --max-completion-length 24 --micro-batch 8 --save-steps 2 --seed 1"
+    "--eval-steps 1 --warmup-steps 0 --max-completion-length 24 --micro-batch 8 --save-steps 2 --seed 1 --bf16 False"
 ).split()  # three questions on two processes: the shares differ
 
 
@@ -114,7 +114,7 @@ def test_two_processes_take_pairs_in_the_steps_of_one(tmp_path):
     """Of nine pairs a few are held out: steps of four go over the ends of epochs, and no process is left without a pair."""
     rows = [{"prompt": f"Tom has {n} pens and gets 2 more. How many pens?", "chosen": f" {n + 2}", "rejected": f" {n - 2}"} for n in range(5, 14)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = f"--preferences {tmp_path}/pairs.jsonl --num-pairs 4 --max-steps 3 --eval-steps 0 --max-completion-length 8 --output-dir".split()
+    flags = f"--preferences {tmp_path}/pairs.jsonl --num-pairs 4 --max-steps 3 --eval-steps 0 --max-completion-length 8 --bf16 False --output-dir".split()
     two = start_two("train.py", *flags, str(tmp_path / "two"))
     _, errors = two.communicate()
     assert two.returncode == 0, errors
