@@ -92,7 +92,8 @@ def group_advantages(rewards, scale="none"):
     spread = advantages if scale == "none" else shifted.std(-1, keepdim=True)  # [..., G] or [..., 1]
     if not spread.isfinite().all():
         got = f"{rewards.min().item()} to {rewards.max().item()}"
-        raise FloatingPointError(f'group_advantages: expected finite rewards (with "std" finite squares too), got {got}')
+        expected = 'expected finite rewards (with "std" finite squares too)'
+        raise FloatingPointError(f"group_advantages: {expected}, got {got}")
     return advantages if scale == "none" else advantages / (spread + 1e-4)  # [..., G]
 
 

@@ -51,7 +51,7 @@ class Logits:
         """Logits [r, c] of states [r, d] for c tokens of the vocabulary: weight [c, d], bias [c] or None."""
         states, weight = self.rounded(states), self.rounded(weight)  # [r, d], [c, d]
         if weight.dtype == torch.bfloat16:
-            values = torch.mm(states, weight.T, out_dtype=torch.float32)  # [r, c]
+            values = _product(states, weight)  # [r, c]
         else:  # a CPU takes float32 numbers, and where it can rounds them itself
             precision = float32_products("medium") if self.bf16 else contextlib.nullcontext()
             with autocast(states.device, False), precision:
@@ -73,6 +73,15 @@ class Logits:
     def scale(self) -> float:
         """What divides the product, but for the cap."""
         return self.temperature / self.factor
+
+
+def _product(states, weight):
+    """states [r, d] times weight [c, d]^T, both bfloat16, as float32 numbers: [r, c]."""
+    try:
+        return torch.mm(states, weight.T, out_dtype=torch.float32)  # [r, c]
+    except NotImplementedError:  # a device whose library has no such product
+        with autocast(states.device, False):
+            return states.float() @ weight.float().T  # [r, c]
 
 
 def logits_of(model, states):

@@ -132,7 +132,7 @@ class Config(DatasetConfig):
         0, "train LoRA adapters of this rank, with alpha twice the rank; 0 trains all weights", at_least=0
     )
     gradient_checkpointing: bool | None = option(
-        None, "recompute activations in the backward pass: a third slower, far less memory (default: if memory is short)"
+        None, "recompute activations in the backward pass: a third slower, far less memory (default: where it is short)"
     )
     micro_batch: int | None = option(
         None, "completions in one forward and backward pass; the result is the same. Without --gradient-checkpointing "
@@ -151,7 +151,7 @@ class Config(DatasetConfig):
         1, "optimiser steps on each batch; the ratio differs from 1 only after the first", at_least=1
     )
     learning_rate: float | None = option(
-        None, "AdamW's, after the warm-up (default: 1e-5; below 10M parameters 7e-4, or 1e-4 on pairs; about 1e-6 suits "
+        None, "AdamW's, after the warm-up (default: 1e-5; below 10M parameters 7e-4, 1e-4 on pairs; about 1e-6 suits "
         "a model of 1B parameters)", above=0
     )
     lr_scheduler_type: Literal[
