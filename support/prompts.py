@@ -18,8 +18,6 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from transformers.utils import cached_file
-
 from support.errors import InputError, TooLong
 from support.files import Example, example_of
 from support.rows import good, short
@@ -112,19 +110,13 @@ class PromptTemplate:
 
     @classmethod
     def of_folder(cls, name: str) -> "PromptTemplate | None":
-        """The template in a model's folder or hub repository; None where it has no prompt.json."""
-        try:
-            path = cached_file(
-                name, PROMPT_FILE, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-        except (OSError, ValueError):  # no such model: loading it says so better
-            path = None
-        if path is None:
+        """The template in a model's folder; None where it has no prompt.json, and for a hub id."""
+        path = Path(name) / PROMPT_FILE
+        if not path.is_file():
             return None
         where = f"{name}/{PROMPT_FILE}"
         try:
-            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+            stored = json.loads(path.read_text(encoding="utf-8"))
             examples, prefill = tuple(example_of(where, row) for row in stored["examples"]), stored["prefill"]
             if not isinstance(prefill, str):
                 raise TypeError("prefill is no text")

@@ -25,6 +25,7 @@ from support.errors import InputError, TooLong
 
 SHUFFLE_BUFFER = 10_000  # rows of a data set from which the next one is drawn
 MAX_WRONG = 1000  # wrong rows before the first right one: then the set is the wrong one
+MAX_TEXT = 1_000_000  # characters; a longer text means that the wrong file was named
 FILE_KINDS = (".jsonl", ".parquet", ".csv")  # any other name is that of a data set
 
 
@@ -112,6 +113,8 @@ def _set_rows(source, fields, config, split, seed):
     if files and all(file.lower().endswith((".csv", ".jsonl")) for file in files):
         yield from _text_files(files, fields, seed)
         return
+    if seed is not None and not is_file(source):  # not by the library's shuffle, which ends with five seconds of sleep
+        random.Random(seed).shuffle((builder.config.data_files or {}).get(split, []))
     rows = builder.as_streaming_dataset(split)
     types = dict(rows.features or {})
     if wanted := [name for name in fields if name in types]:  # the others may be large, or need a library
@@ -119,8 +122,6 @@ def _set_rows(source, fields, config, split, seed):
             builder.config.columns = wanted
             rows = builder.as_streaming_dataset(split)
         rows = rows.select_columns(wanted)
-    if seed is not None and not is_file(source):
-        rows = rows.shuffle(seed=seed, buffer_size=1)  # the order of its files
     for number, row in enumerate(rows, start=1):
         where = f"{printable(source)}:{number}" if is_file(source) else f"{printable(source)}: a row"
         cells = {name: _as_written(value, getattr(types.get(name), "dtype", None)) for name, value in row.items()}
@@ -281,6 +282,8 @@ def text_of(where, row, field, accepted="a non-empty string") -> str:
         raise InputError(f"{where}: {field} is {short(value)}; {accepted} is accepted")
     if bad := re.search("[\udc80-\udcff]", value):  # how a byte that is not UTF-8 has been decoded
         raise InputError(f"{where}: {field} contains the byte {ord(bad[0]) - 0xdc00:#04x}; UTF-8 is accepted")
+    if len(value) > MAX_TEXT:  # its tokens would take minutes to count
+        raise TooLong(f"{where}: {field} has {len(value)} characters; at most {MAX_TEXT} are accepted")
     if bad := re.search("[\0\ud800-\udfff]", value):  # JSON can spell lone surrogates, UTF-8 cannot
         raise InputError(f"{where}: {field} contains {bad[0]!r}; Unicode text without NUL is accepted")
     return value.strip()
