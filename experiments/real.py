@@ -284,8 +284,8 @@ def log_likelihoods(model_folder: Path, pairs) -> list[tuple[float, bool]]:
         whole = [tokenizer([c + a for a in by_context[c]], add_special_tokens=False)["input_ids"] for c in some]
         answers = [[ids[len(prompt) :] for ids in rows] for prompt, rows in zip(prompts, whole)]
         shape = len(some), max(map(len, answers)), max(len(ids) for rows in answers for ids in rows)
-        tokens = torch.zeros(shape, dtype=torch.long, device=device)  # [P, N, T]
-        mask = torch.zeros(shape, dtype=torch.bool, device=device)  # [P, N, T]
+        tokens = torch.zeros(shape, dtype=torch.long, device=model.device)  # [P, N, T]
+        mask = torch.zeros(shape, dtype=torch.bool, device=model.device)  # [P, N, T]
         for p, rows in enumerate(answers):
             for n, ids in enumerate(rows):
                 tokens[p, n, : len(ids)], mask[p, n, : len(ids)] = torch.tensor(ids), True

@@ -30,7 +30,8 @@ def flags(tmp_path_factory):
     questions = ROOT / "tests" / "questions.jsonl"  # a few: to check the embedded task's 4096 takes a second
     return (
         f"--principles {principles} --dataset {questions} --num-questions 2 --num-principles 2 --num-generations 2 "
-        "--max-steps 5 --warmup-steps 1 --max-completion-length 12 --eval-questions 2 --eval-steps 3 --save-steps 2"
+        "--max-steps 5 --warmup-steps 1 --max-completion-length 12 --eval-questions 2 --eval-steps 3 --save-steps 2 "
+        "--bf16 False"  # in other processes too
     ).split()
 
 

@@ -149,6 +149,10 @@ runpy.run_path(sys.argv[1], run_name="imported")
 """
 
 
+@pytest.mark.skipif(
+    subprocess.run([sys.executable, "-c", "import sys; sys.exit('torch' in sys.modules)"]).returncode != 0,
+    reason="this interpreter loads torch when it starts",
+)
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_threads_do_not_spin_for_long_in_any_script(script):
     """What OpenMP is told must stand before torch is loaded."""

@@ -608,7 +608,8 @@ def test_a_lora_run_leaves_a_merged_model_and_its_adapters(tmp_path):
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final", dtype=torch.float32)
     from peft import PeftModel
 
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.MODEL_DIR), tmp_path / "run" / "adapter")
+    bare = AutoModelForCausalLM.from_pretrained(tiny.MODEL_DIR)
+    adapted = PeftModel.from_pretrained(bare, tmp_path / "run" / "adapter", torch_device="cpu")
     ids = torch.arange(5, 105)[None]  # [1, L]
     with torch.no_grad():
         merged, apart, before = (m.eval()(ids).logits for m in (final, adapted, start))

@@ -65,8 +65,9 @@ def test_two_processes_take_the_steps_of_one(runs):
     torch.testing.assert_close(torch.tensor(numbers(evals[1])), torch.tensor(numbers(evals[0])), rtol=1e-5, atol=1e-5)
     assert evals[0]["end"]["example"] == evals[1]["end"]["example"]
     weights = [load_file(run / "final" / "model.safetensors") for run in (one, two)]
+    nearly = 2e-4 if torch.cuda.is_available() else 1e-5  # a GPU adds up in another order, and Adam's first steps show it
     for name, weight in weights[0].items():
-        torch.testing.assert_close(weights[1][name], weight, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-5, atol=nearly, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_one_process_writes_and_speaks(runs):
