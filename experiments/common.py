@@ -56,6 +56,7 @@ def run_training(directory: Path, *flags, script=("train.py",)) -> dict:
     it has one (--save-steps, or Ctrl-C). What it prints is in DIRECTORY.log, to be watched; the time
     of all its sittings is in minutes.json.
     """
+    directory.parent.mkdir(parents=True, exist_ok=True)
     if not (directory / "final").exists():
         stopped = any(directory.glob("checkpoints/*"))
         if not stopped:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send Ctrl-C; what is started in the background ignores it
 
 
 @pytest.fixture(scope="session", autouse=True)
