@@ -36,7 +36,7 @@ import sys
 # The threads of OpenMP wait for each other by spinning, and beside other work on the machine they burn each other's
 # time: a step of 1.4 s took 57. GNU's library reads this when torch is loaded; others do not know the name.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # A GPU's memory in segments that grow: completions of ever other lengths would leave gaps between fixed ones.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
