@@ -17,11 +17,9 @@ from dataclasses import dataclass
 
 from support.errors import InputError
 from support.rows import (
-    LeftOut,
     answer_of,
     check_file,
     good,
-    is_file,
     json_objects,
     lines_of,
     normalised,
@@ -154,17 +152,6 @@ def example_of(where, row) -> Example:
 
 # --------------------------------------------------------------------------------------------------
 # Questions
-
-
-def load_questions(source, question_field=None, answer_field=None, config=None, split="train", limit=None, seed=0):
-    """All `Question`s of a file, or `limit` of a data set: a list of those of `read_questions`."""
-    left_out, questions = LeftOut(source), []
-    for question in read_questions(source, left_out, question_field, answer_field, config, split, seed):
-        questions.append(question)
-        if not is_file(source) and len(questions) == limit:
-            break
-    left_out.tell(len(questions), "questions")
-    return questions
 
 
 def read_questions(source, left_out, question_field=None, answer_field=None, config=None, split="train", seed=0):

@@ -244,8 +244,6 @@ def settle(config, model, tokenizer) -> None:
         config.mi_generations = config.num_generations
     if config.beta is None:
         config.beta = DEFAULT_BETA if config.preferences else 0.0
-    if config.epsilon_high is None:
-        config.epsilon_high = config.epsilon
     config.date = set_date(tokenizer, parallel.gather(set_date(tokenizer, config.date))[0])  # of process 0
 
 

@@ -5,10 +5,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from support.errors import InputError
+from support.files import read_questions
 from support.prompts import build_messages
+from support.rows import LeftOut, is_file
 
 TURNS = "{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
 OPEN = "{% if add_generation_prompt %}<|turn|>model\n{% endif %}"
+
+
+def load_questions(source, question_field=None, answer_field=None, config=None, split="train", limit=None, seed=0):
+    """All `Question`s of a file, or `limit` of a data set: a list of those of `read_questions`."""
+    left_out, questions = LeftOut(source), []
+    for question in read_questions(source, left_out, question_field, answer_field, config, split, seed):
+        questions.append(question)
+        if not is_file(source) and len(questions) == limit:
+            break
+    left_out.tell(len(questions), "questions")
+    return questions
 
 
 def write(folder, name, content):

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers import refusal, write
+from helpers import load_questions, refusal, write
 
 from grpo import format_reward
 from support.files import (
@@ -15,7 +15,6 @@ from support.files import (
     Question,
     load_examples,
     load_principles,
-    load_questions,
     save_principles,
 )
 from support.prompts import build_messages

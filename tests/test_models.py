@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import load_questions
 from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
@@ -28,7 +29,7 @@ import train
 from support import prefix, sampling, tiny
 from support.data import is_held_out
 from support.errors import InputError
-from support.files import Question, load_questions
+from support.files import Question
 from support.model import add_lora, check_model, load_model, save_model
 from support.prompts import PromptTemplate, build_messages, encode_prompts, prompt_limit
 from support.run import settle

@@ -4,11 +4,11 @@ import decimal
 import sys
 
 import pytest
-from helpers import refusal, write
+from helpers import load_questions, refusal, write
 
 from support import rows
 from support.errors import InputError
-from support.files import Question, load_questions, read_questions
+from support.files import Question, read_questions
 from support.preferences import load_preferences
 
 
