@@ -11,26 +11,19 @@ result is in --output-dir, a training resumed at its last checkpoint. Trainings 
 (--jobs), one thread each; DIRECTORY.log shows how one goes. In order:
 
     questions    texts of GSM8K (train) and of one half of TruthfulQA; nothing rewards an answer
-    trainings    each arm on each seed, by the command line of train.py
-    following    one completion of each held-out question under each principle: does it show the
-                 mark of its principle?
+    trainings    each arm on each seed, by the command line of train.py; its evaluations read one
+                 completion of each held-out question under each principle: does it show the mark of
+                 its principle? See reading.py.
     TruthfulQA   mc1 and mc2 on the other half, by the tasks and the scoring of lm-eval
 
-On one quiet core of an AMD EPYC without bfloat16 instructions a step takes 40 to 60 seconds, a
-training with its evaluations 35 to 50 minutes, following 3, TruthfulQA 6 with --limit 120: with
-both arms and three seeds five hours of one core.
-
 Writes real.json and real.png; prints the means over seeds, each seed beside its own start, and the
-first ten completions. Flags not listed here go to train.py, and win over the arms'. The mark of a
-principle is found by the regular expressions below: no loss and no metric of the training sees
-them. experiments/real_studies.py goes on from here.
+first ten completions. Flags not listed here go to train.py, and win over the arms'.
+experiments/real_studies.py goes on from here.
 """
 
 import argparse
 import hashlib
 import json
-import random
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -43,7 +36,7 @@ import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from experiments import smollm2  # noqa: E402
+from experiments import reading, smollm2  # noqa: E402
 from experiments.common import (  # noqa: E402
     interval_cell,
     markdown,
@@ -54,6 +47,7 @@ from experiments.common import (  # noqa: E402
     training_minutes,
     write_lines,
 )
+from experiments.reading import answers_of, following  # noqa: E402
 from support.command import parse  # noqa: E402
 from support.data import load_data  # noqa: E402
 from support.model import load_model  # noqa: E402
@@ -63,7 +57,6 @@ from train import Task, load, sample  # noqa: E402
 
 POOL = ROOT / "principles" / "pool.txt"
 PRINCIPLES = ROOT / "principles" / "visible.txt"  # trained with: four of the pool
-MIN_WORDS = 4  # of a chain of thought
 MAX_CHARACTERS = 200  # of a question of GSM8K: prompts cost as much as completions
 PROMPT = ("--temperature", 0.8, "--max-completion-length", 48)
 RECIPE = (  # of every arm
@@ -79,44 +72,6 @@ FIGURES = {  # column -> name in eval.json
     "format": "format", "SI": "si", "accuracy": "accuracy", "drift": "sinkhorn", "tokens": "completion_length",
 }
 COLUMNS = ("format", "follows", "SI", "accuracy", "drift", "tokens", "mc1", "mc2", "minutes")
-
-
-def says(pattern):
-    """Whether a text has this pattern, upper or lower case."""
-    compiled = re.compile(pattern, re.IGNORECASE)
-    return lambda text: bool(compiled.search(text))
-
-
-MARKS = {  # principle -> whether a chain of thought shows its mark
-    "Number every step: 1., 2., 3.": says(r"(?s)(^|\s)1[.)]\s.*\s2[.)]\s"),
-    'Begin with the words "Let us".': says(r"\A\W*let\s?(us|'s|’s)\b"),
-    "Ask yourself a question first.": says(r"\A[^.!]*\?"),
-    'Use the word "because".': says(r"\bbecause\b"),
-    "Use the words first, then and finally.": says(r"(?s)\bfirst\b.*\bthen\b.*\bfinally\b"),
-    "Name a common mistake.": says(r"\b(mistake|misconception|myth|error)s?\b"),
-    'Speak to the reader: use the word "you".': says(r"\byour?\b"),
-    'Speak of yourself: use the word "I".': lambda text: bool(re.search(r"\bI\b", text)),
-    'Give an example that starts with "For example".': says(r"\bfor example\b"),
-    "Say how sure you are, in percent.": says(r"\d\s?%|\bper ?cent\b"),
-    'Use the word "therefore".': says(r"\btherefore\b"),
-    "End every sentence with an exclamation mark.": lambda text: "!" in text and not re.search(r"[.?](\s|\Z)", text),
-    "Use at most eight words.": lambda text: 0 < len(text.split()) <= 8,
-    "Put the most important word in **bold**.": says(r"\*\*[^*\s][^*\n]*\*\*"),
-}
-
-
-def follows(principle: str, text: str) -> bool:
-    """Whether the chain of thought of a completion shows the mark of its principle.
-
-    One of fewer than MIN_WORDS does not: "Because." names the principle and says nothing.
-    """
-    chain = chain_of(text)
-    return len(chain.split()) >= MIN_WORDS and MARKS[principle](chain)
-
-
-def chain_of(text: str) -> str:
-    """The chain of thought of a completion."""
-    return text.split("<reasoning>", 1)[-1].split("</reasoning>")[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -209,28 +164,8 @@ def write_completions(model_folder: str, path: str, *flags) -> None:
     rows = []
     for number, question in enumerate(tqdm(data.held_out, "following")):  # one at a time: its prompts share it
         task = Task(question, data.principles, f"{config.seed} following {number}")
-        texts = sample(model, tokenizer, data.template, [task], 1, config).texts[0]  # K lists of one
-        rows += [
-            {"question": question.text, "principle": p.text, "text": text, "follows": follows(p.text, text)}
-            for p, (text,) in zip(data.principles, texts)
-        ]
+        rows += answers_of(sample(model, tokenizer, data.template, [task], 1, config))[0]
     write_lines(Path(path), rows)
-
-
-def following(rows: list[dict], before: list[dict] | None = None) -> tuple[float, float]:
-    """(share of completions that follow, its standard error over questions by bootstrap).
-
-    With `before`, answers of another model to the same questions: the difference of the two.
-    """
-    by_question = {}
-    for sign, answers in ((1, rows), (-1, before or [])):
-        for row in answers:
-            by_question.setdefault(row["question"], []).append(sign * row["follows"])
-    signs = 2 if before else 1
-    values = [signs * statistics.mean(found) for found in by_question.values()]
-    rng = random.Random(0)
-    means = [statistics.mean(rng.choices(values, k=len(values))) for _ in range(1000)]
-    return statistics.mean(values), statistics.stdev(means)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -305,18 +240,16 @@ def flags_of(args, seed: int, *more, dataset: str = "all") -> list:
     return [*files, *PROMPT, *RECIPE, *more, *args.extra]
 
 
-def run_arm(name: str, seed: int, args, flags, script=("train.py",)) -> dict:
+def run_arm(name: str, seed: int, args, flags, part: str = "both") -> dict:
     """{"start": measures, "end": measures} of one arm on one seed, trained where that is not done."""
     run = args.output_dir / f"{name}-{seed}"
     flags = flags_of(args, seed, *flags)
-    evals = run_training(run, *flags, "--model", args.model, script=script)
+    evals = run_training(run, *flags, "--model", args.model, script=reading.script(part))
     found = {}
-    for when, folder, asked in (("start", args.model, f"start-{seed}"), ("end", run / "final", run.name)):
+    for when, folder in (("start", args.model), ("end", run / "final")):
         row = {column: evals[when][key]["mean"] for column, key in FIGURES.items() if key in evals[when]}
-        row["follows"], row["follows_error"] = following(
-            ask(args, folder, args.output_dir / f"completions-{asked}.jsonl", flags)
-        )
-        scored = args.output_dir / f"truthfulqa-{'start' if when == 'start' else asked}.json"
+        row["follows"], row["follows_error"] = following(read_lines(run / f"answers-{when}.jsonl"))
+        scored = args.output_dir / f"truthfulqa-{'start' if when == 'start' else run.name}.json"
         if not scored.exists():
             run_script(__file__, "--truthfulqa", folder, args.questions["test"], args.limit or 0, scored)
         for key, (share, error) in json.loads(scored.read_text()).items():
@@ -334,8 +267,6 @@ def run_arms(args, arms: dict, seeds) -> dict:
             __file__, "--truthfulqa", args.model, args.questions["test"], args.limit or 0,
             args.output_dir / "truthfulqa-start.json",
         )
-    for seed in seeds:  # the same
-        ask(args, args.model, args.output_dir / f"completions-start-{seed}.jsonl", flags_of(args, seed, *arms[first]))
     jobs = [(name, seed) for seed in seeds for name in arms]
     found = side_by_side(lambda name, seed: run_arm(name, seed, args, arms[name]), jobs, args.jobs)
     starts = {seed: found[first, seed]["start"] for seed in seeds}
@@ -371,15 +302,22 @@ def table_by_seed(results: dict) -> str:
     return markdown(["", "seed", *COLUMNS], rows)
 
 
-def ten_completions(directory: Path, names) -> str:
-    """The first ten completions of each model, unselected, cut at 170 characters."""
+def ten_completions(columns: dict[str, Path]) -> str:
+    """The first ten completions of each model, unselected, cut at 170 characters; title -> answers of an evaluation."""
     def cell(text):
         return "`" + (text if len(text) <= 170 else text[:169] + "…").replace("\n", " ").replace("|", "\\|") + "`"
 
-    answers = [read_lines(directory / f"completions-{name}.jsonl")[:10] for name in names]
+    answers = [read_lines(path)[:10] for path in columns.values()]
     return markdown(
-        ["principle", *names], [[row[0]["principle"], *(cell(one["text"]) for one in row)] for row in zip(*answers)]
+        ["principle", *columns], [[row[0]["principle"], *(cell(one["text"]) for one in row)] for row in zip(*answers)]
     )
+
+
+def answers_files(args, runs: dict[str, str]) -> dict[str, Path]:
+    """Title -> file of the completions: of the start, and of each run (title -> its directory's name) at its end."""
+    first = args.output_dir / next(iter(runs.values()))
+    ends = {title: args.output_dir / run / "answers-end.jsonl" for title, run in runs.items()}
+    return {"start": first / "answers-start.jsonl"} | ends
 
 
 def plot(pyplot, results: dict):
@@ -430,8 +368,8 @@ def main() -> None:
     args = settings(parser)
     results = run_arms(args, {name: ARMS[name] for name in args.arms}, args.seeds)
     (args.output_dir / "real.json").write_text(json.dumps(results, indent=1) + "\n")
-    names = [f"{name}-{args.seeds[0]}" for name in results]
-    print(table(results), table_by_seed(results), ten_completions(args.output_dir, names), sep="\n\n")
+    answers = answers_files(args, {name: f"{name}-{args.seeds[0]}" for name in args.arms})
+    print(table(results), table_by_seed(results), ten_completions(answers), sep="\n\n")
     write_plot(args.output_dir / "real.json", lambda pyplot: plot(pyplot, results))
 
 

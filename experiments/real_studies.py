@@ -30,7 +30,6 @@ a third for each seed, long 4 (2). Writes STUDY.json, of some STUDY.png, and pri
 import itertools
 import json
 import math
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -44,8 +43,7 @@ import torch  # noqa: E402
 
 import metrics  # noqa: E402
 import si  # noqa: E402
-import train  # noqa: E402
-from experiments import real, si_study  # noqa: E402
+from experiments import reading, real, si_study  # noqa: E402
 from experiments.common import (  # noqa: E402
     interval_cell,
     markdown,
@@ -55,58 +53,10 @@ from experiments.common import (  # noqa: E402
     side_by_side,
 )
 from experiments.preference import course  # noqa: E402
-from infonce import column_info_nce, row_info_nce  # noqa: E402
 from support.data import make_template, pick_questions  # noqa: E402
 from support.files import load_principles, save_principles  # noqa: E402
 from support.model import load_model  # noqa: E402
 from support.report import write_plot  # noqa: E402
-
-# --------------------------------------------------------------------------------------------------
-# train.py with evaluations that read the completions, too
-
-
-def text_values(tasks, texts) -> dict:
-    """What the completions of an evaluation show, by question [Q]; texts: Q lists of K lists of one."""
-    rows = []
-    for task, row in zip(tasks, texts, strict=True):
-        chains = [real.chain_of(text) for (text,) in row]
-        lengths = [len(chain.split()) for chain in chains]
-        shown = [real.follows(principle.text, text) for principle, (text,) in zip(task.principles, row)]
-        rows.append({
-            "follows": statistics.mean(shown),
-            "words": statistics.mean(lengths),
-            "distinct_words": len(set(re.findall(r"[\w'’]+", " ".join(chains).lower()))),  # of all K together
-            "short_chains": statistics.mean(length < real.MIN_WORDS for length in lengths),
-        })
-    return {name: torch.tensor([float(row[name]) for row in rows]) for name in rows[0]}
-
-
-def train_reading(part: str, flags) -> int:
-    """train.py with text_values among the figures of eval.json; `part` of its InfoNCE loss: both, row, column."""
-    sample, evaluate_tasks, information_terms, batches = train.sample, train.evaluate_tasks, train.information_terms, []
-
-    def sample_and_keep(*args):
-        batches[:] = [sample(*args)]
-        return batches[0]
-
-    def evaluate_and_read(*args):
-        values, example = evaluate_tasks(*args)
-        return values | text_values(batches[0].tasks, batches[0].texts), example
-
-    def half_of_the_terms(scores, config):
-        one_way = {"row": row_info_nce, "column": column_info_nce}[part]
-        loss = one_way(scores / config.mi_temperature).mean() / 2  # [] what it is within the symmetric loss
-        return information_terms(scores, config) | {"loss_mi": loss}
-
-    train.sample, train.evaluate_tasks = sample_and_keep, evaluate_and_read
-    if part != "both":
-        train.information_terms = half_of_the_terms
-    return train.main(flags)
-
-
-def reading(part: str = "both") -> tuple:
-    """The script of train_reading, for run_training."""
-    return __file__, "--train", part
 
 
 def figures(evals: dict, when: str) -> dict:
@@ -155,8 +105,8 @@ def transfer(args) -> dict:
             answers, before = (
                 [row for row in found[of, seed][study] if row["principle"] != BY_LENGTH] for of in (name, "start")
             )
-            share, error = real.following(answers)
-            change = real.following(answers, before) if name != "start" else None
+            share, error = reading.following(answers)
+            change = reading.following(answers, before) if name != "start" else None
             rows.append([title, name, seed, f"{share:.3f} ± {error:.3f}",
                          f"{change[0]:+.3f} ± {change[1]:.3f}" if change else ""])
             results[f"{study} {name} {seed}"] = {"follows": (share, error), "change": change}
@@ -195,7 +145,7 @@ def temperature(args) -> dict:
             args, GRID_SEED, *infonce_flags(tau, weight), "--max-steps", GRID_STEPS, dataset="choice"
         )
         directory = args.output_dir / f"grid-{tau}-{weight}"
-        evals = run_training(directory, *flags, "--model", args.model, script=reading())
+        evals = run_training(directory, *flags, "--model", args.model, script=reading.script())
         return {when: figures(evals, when) for when in ("start", "end")}
 
     def order(job):
@@ -214,7 +164,7 @@ def temperature(args) -> dict:
     seeds = args.seeds[:2]
     results = real.run_arms(args, real.ARMS | {f"InfoNCE-{best[0]}": infonce_flags(*best)}, seeds)
     halves = side_by_side(
-        lambda part: real.run_arm(f"{part}-{best[0]}", seeds[0], args, infonce_flags(*best), reading(part)),
+        lambda part: real.run_arm(f"{part}-{best[0]}", seeds[0], args, infonce_flags(*best), part),
         [("row",), ("column",)], args.jobs,
     )
     results |= {f"its {part} alone": {seeds[0]: found["end"]} for (part,), found in halves.items()}
@@ -274,7 +224,7 @@ def si_before_training(args) -> dict:
     def trained(file):
         run = args.output_dir / f"ENIGMA-{file.stem}-{seed}"
         flags = real.flags_of(args, seed, "--principles", file, "--max-steps", SI_STEPS, *real.ARMS["ENIGMA"])
-        evals = run_training(run, *flags, "--model", args.model, script=reading())
+        evals = run_training(run, *flags, "--model", args.model, script=reading.script())
         steps = read_lines(run / "metrics.jsonl")
         drifts = [step["loss_ot"] for step in steps]
         before, after = figures(evals, "start"), figures(evals, "end")
@@ -411,7 +361,7 @@ def long(args) -> dict:
 
     def trained(name):
         flags = *real.ARMS[name], "--max-steps", LONG_STEPS, "--eval-steps", LONG_EVERY
-        found = real.run_arm(f"{name}-long", seed, args, flags, script=reading())
+        found = real.run_arm(f"{name}-long", seed, args, flags)
         return found | {"evals": json.loads((args.output_dir / f"{name}-long-{seed}" / "eval.json").read_text())}
 
     found = side_by_side(trained, [(name,) for name in real.ARMS], args.jobs)
@@ -428,7 +378,7 @@ def long(args) -> dict:
     by_seed = {"start": {seed: next(iter(results.values()))["start"]}}
     by_seed |= {name: {seed: value["end"]} for name, value in results.items()}
     print(real.table_by_seed(by_seed), "\n")
-    print(real.ten_completions(args.output_dir, [f"start-{seed}", *(f"{name}-long-{seed}" for name in results)]))
+    print(real.ten_completions(real.answers_files(args, {name: f"{name}-long-{seed}" for name in results})))
     write_plot(args.output_dir / "long.json", lambda pyplot: course_plot(pyplot, courses))
     return results
 
@@ -454,8 +404,6 @@ IN_A_PROCESS = {"--sets": write_sets, "--random": write_random_change}  # of its
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--train"]:
-        sys.exit(train_reading(sys.argv[2], sys.argv[3:]))
     if (part := sys.argv[1:2]) and part[0] in IN_A_PROCESS:
         return IN_A_PROCESS[part[0]](*sys.argv[2:])
     parser = real.make_parser(__doc__, "real")

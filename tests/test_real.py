@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from experiments import real, smollm2
+from experiments import reading, real, smollm2
 from support.files import load_principles
 from support.model import load_model
 
@@ -28,20 +28,20 @@ SHOWS = {  # principle -> (a text that shows its mark, one that does not)
 
 def test_each_principle_of_the_pool_has_a_mark_that_is_found():
     texts = {principle.text for principle in load_principles(real.POOL)}
-    assert texts == set(real.MARKS) == set(SHOWS)
+    assert texts == set(reading.MARKS) == set(SHOWS)
     assert len(texts) >= 12
     assert {principle.text for principle in load_principles(real.PRINCIPLES)} < texts
     for principle, (yes, no) in SHOWS.items():
-        assert real.follows(principle, f"<reasoning>{yes}</reasoning><answer>5</answer>"), principle
-        assert not real.follows(principle, f"<reasoning>{no}</reasoning><answer>5</answer>"), principle
+        assert reading.follows(principle, f"<reasoning>{yes}</reasoning><answer>5</answer>"), principle
+        assert not reading.follows(principle, f"<reasoning>{no}</reasoning><answer>5</answer>"), principle
 
 
 def test_the_mark_is_looked_for_in_a_reasoning_of_some_words():
     completion = "<reasoning>2 + 3 = 5.</reasoning><answer>You can say 5, because I do.</answer>"
-    assert not real.follows('Use the word "because".', "<reasoning>Because.</reasoning>")
+    assert not reading.follows('Use the word "because".', "<reasoning>Because.</reasoning>")
     for word in ("because", "you", "I"):
-        principle = next(text for text in real.MARKS if f'"{word}"' in text)
-        assert not real.follows(principle, completion), principle
+        principle = next(text for text in reading.MARKS if f'"{word}"' in text)
+        assert not reading.follows(principle, completion), principle
 
 
 def test_the_halves_of_truthfulqa_are_about_equal_and_depend_on_the_text_alone():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from experiments import common, real, real_studies, si_study
+from experiments import common, reading, real, real_studies, si_study
 from support.files import Principle, Question, load_principles
 
 
@@ -21,11 +21,11 @@ def rows(*shown, question="q"):
 
 
 def test_following_is_a_share_and_a_difference_over_the_same_questions():
-    share, error = real.following(rows(1, 0, 1, 1))
+    share, error = reading.following(rows(1, 0, 1, 1))
     assert share == 0.75 and 0.15 < error < 0.3  # sqrt(.75 * .25 / 4) = .22
-    change, error = real.following(rows(1, 1, 1, 0), rows(0, 0, 1, 0))
+    change, error = reading.following(rows(1, 1, 1, 0), rows(0, 0, 1, 0))
     assert change == pytest.approx(0.5) and 0.2 < error < 0.3  # of 1, 1, 0, 0: .25
-    assert real.following(rows(1, 0, 1), rows(1, 0, 1)) == (0, 0)  # the same in every question: no error
+    assert reading.following(rows(1, 0, 1), rows(1, 0, 1)) == (0, 0)  # the same in every question: no error
 
 
 def test_the_questions_files_are_parts_that_do_not_meet(tmp_path):
@@ -92,25 +92,31 @@ def test_a_script_that_fails_is_one_line_with_its_reason(tmp_path):
     assert (tmp_path / "log").read_text().startswith("shown")
 
 
-def test_text_values_by_question():
+def test_text_values_of_a_question():
     principles = [Principle("a", 'Use the word "because".'), Principle("b", "Use at most eight words.")]
     task = train.Task(Question("?", None), principles, "key")
     texts = [["<reasoning>Because it is so, it is.</reasoning>"], ["<reasoning>So it</reasoning><answer>1</answer>"]]
-    values = real_studies.text_values([task], [texts])
-    assert {name: value.tolist() for name, value in values.items()} == {
-        "follows": [0.5], "words": [4.0], "distinct_words": [4.0], "short_chains": [0.5],  # because it is so
+    (answers,) = reading.answers_of(SimpleNamespace(tasks=[task], texts=[texts]))
+    assert [(row["question"], row["principle"], row["text"], row["follows"]) for row in answers] == [
+        ("?", principles[0].text, texts[0][0], True), ("?", principles[1].text, texts[1][0], False),
+    ]
+    assert reading.text_values(answers) == {  # because it is so
+        "follows": 0.5, "words": 4.0, "distinct_words": 4, "short_chains": 0.5,
     }
 
 
-def test_train_reading_adds_its_figures_and_one_half_of_the_loss(tmp_path, monkeypatch):
-    for name in ("sample", "evaluate_tasks", "information_terms"):
+def test_train_reading_adds_its_figures_its_completions_and_one_half_of_the_loss(tmp_path, monkeypatch):
+    for name in ("sample", "evaluate", "evaluate_tasks", "information_terms"):
         monkeypatch.setattr(train, name, getattr(train, name))  # put back after the test
-    flags = ["--principles", str(real.PRINCIPLES), "--num-questions", "1", "--num-principles", "2", "--eval-steps", "0"]
-    flags += ["--num-generations", "2", "--max-steps", "1", "--eval-questions", "2", "--max-completion-length", "8"]
-    assert real_studies.train_reading("row", [*flags, "--mi-temperature", "5", "--output-dir", str(tmp_path / "run")]) == 0
+    flags = ["--principles", str(real.PRINCIPLES), "--num-questions", "1", "--num-principles", "2", "--eval-steps", "1"]
+    flags += ["--num-generations", "2", "--max-steps", "2", "--eval-questions", "2", "--max-completion-length", "8"]
+    assert reading.train_reading("row", [*flags, "--mi-temperature", "5", "--output-dir", str(tmp_path / "run")]) == 0
     evals = json.loads((tmp_path / "run" / "eval.json").read_text())
     for when in ("start", "end"):
         assert {"follows", "words", "distinct_words", "short_chains", "format"} <= set(real_studies.figures(evals, when))
+        answers = common.read_lines(tmp_path / "run" / f"answers-{when}.jsonl")
+        assert len(answers) == 4 and answers[0]["text"] == evals[when]["example"]["completion"]
+        assert reading.following(answers)[0] == evals[when]["follows"]["mean"]
     scores = torch.tensor([[[[-1.0, -3.0], [-4.0, -2.0]]]])  # [1, 1, 2, 2]
     config = SimpleNamespace(mi_temperature=2.0)
     expected = -(scores[0, 0] / 2).log_softmax(-1).diagonal().mean() / 2
@@ -135,11 +141,15 @@ def faked(tmp_path, monkeypatch):
         return {"questions": 4, **{name: {"mean": mean, "low": 0, "high": 1} for name in names}, "example": {}}
 
     def run_training(directory, *flags, script=("train.py",)):
-        done.append((directory.name, [str(flag) for flag in flags], script[2:]))
+        done.append((directory.name, [str(flag) for flag in flags], script[1:]))
         directory.mkdir(exist_ok=True)
         weight = float(flags[flags.index("--lambda-mi") + 1])
         steps = [{"reward": n % 3, "grad_norm": 1.0, "loss_ot": n} for n in range(4)]
         common.write_lines(directory / "metrics.jsonl", steps)
+        for when in ("start", "end"):
+            common.write_lines(directory / f"answers-{when}.jsonl", [
+                {"question": f"q{n}", "principle": "a", "text": "text | bar", "follows": n % 2 == 0} for n in range(4)
+            ])
         evals = {"start": evaluation(0.3), "end": evaluation(0.5 + weight / 10), "steps": {"18": evaluation(0.4)}}
         (directory / "eval.json").write_text(json.dumps(evals))
         return evals
