@@ -52,11 +52,13 @@ from support.command import parse  # noqa: E402
 from support.data import load_data  # noqa: E402
 from support.model import load_model  # noqa: E402
 from support.report import write_plot  # noqa: E402
+from support.sampling import write  # noqa: E402
 from support.scoring import completion_logp  # noqa: E402
 from train import Task, load, sample  # noqa: E402
 
 POOL = ROOT / "principles" / "pool.txt"
 PRINCIPLES = ROOT / "principles" / "visible.txt"  # trained with: four of the pool
+MAX_ANSWER = 48  # tokens of a written answer to TruthfulQA
 MAX_CHARACTERS = 200  # of a question of GSM8K: prompts cost as much as completions
 PROMPT = ("--temperature", 0.8, "--max-completion-length", 48)
 RECIPE = (  # of every arm
@@ -116,14 +118,10 @@ def in_first_half(question: str) -> bool:
 def write_questions(directory: Path, folder: Path | None) -> dict[str, Path]:
     """Name -> file of questions. The answers to GSM8K are there for the accuracy alone.
 
-    all: of both sets, what the arms train with and are reported on. sums, truth: the part of `all`
-    from GSM8K, and that from TruthfulQA. choice: others of GSM8K, for whatever is chosen before a
-    training. test: the other half of TruthfulQA, as lm-eval has it.
+    all: of both sets, what the arms train with and are reported on. choice: others of GSM8K, for
+    whatever is chosen before a training. test: the other half of TruthfulQA, as lm-eval has it.
     """
-    names = {
-        "all": "questions.jsonl", "sums": "sums.jsonl", "truth": "truth.jsonl", "choice": "choice.jsonl",
-        "test": "truthfulqa.jsonl",
-    }
+    names = {"all": "questions.jsonl", "choice": "choice.jsonl", "test": "truthfulqa.jsonl"}
     files = {name: directory / file for name, file in names.items()}
     if not all(path.exists() for path in files.values()):
         truthful = rows_of("truthfulqa", folder)
@@ -140,7 +138,7 @@ def write_questions(directory: Path, folder: Path | None) -> dict[str, Path]:
                 for key in ("mc1_targets", "mc2_targets")
             } for row in truthful if not in_first_half(row["question"])
         ]
-        for path, rows in zip(files.values(), (truth + sums, sums, truth, others, test), strict=True):
+        for path, rows in zip(files.values(), (truth + sums, others, test), strict=True):
             write_lines(path, rows)
     return files
 
@@ -172,36 +170,81 @@ def write_completions(model_folder: str, path: str, *flags) -> None:
 # TruthfulQA
 
 
-def truthfulqa(model_folder: Path, rows: Path, limit: int | None) -> dict:
-    """{"mc1": [share, standard error], "mc2": …} by the prompt, tasks and scoring of lm-eval."""
+SCORES = {  # kind of task -> its scores, the names of lm-eval
+    "choice": {"mc1": ("mc1", "acc"), "mc2": ("mc2", "acc")},
+    "generation": {name: ("gen", name) for name in ("bleu_acc", "rouge1_acc", "rougeL_acc", "bleu_diff")},
+}
+
+
+def truthfulqa(model_folder: Path, rows: Path, limit: int | None, kind: str = "choice") -> dict:
+    """{"mc1": [share, standard error], "mc2": …} by the prompt, tasks and scoring of lm-eval.
+
+    Of a kind `generation`: whether a written answer is nearer to a true or to a false one, `bleu_acc`
+    and so on, and by how much, `bleu_diff`.
+    """
     import lm_eval
     from lm_eval.api.model import LM
 
     class Scorer(LM):
-        """The log-likelihoods that lm-eval asks for, a prompt read once for all its answers."""
+        """What lm-eval asks of a model: log-likelihoods, a prompt read once for all its answers; and answers."""
 
         def loglikelihood(self, requests):
             return log_likelihoods(model_folder, [request.args for request in requests])
 
-        loglikelihood_rolling = generate_until = None  # multiple choice asks for neither
+        def generate_until(self, requests):
+            return written_answers(model_folder, [request.args[0] for request in requests])
+
+        loglikelihood_rolling = None  # never asked for
 
     Scorer.__abstractmethods__ = frozenset()
     tasks = rows.parent / "lm-eval"
     tasks.mkdir(exist_ok=True)
     library = Path(lm_eval.__file__).parent / "tasks" / "truthfulqa"
-    for name in ("mc1", "mc2"):
+    names = list(dict.fromkeys(task for task, _ in SCORES[kind].values()))
+    data = rows.resolve()
+    if kind == "generation":
+        data = tasks.resolve() / "answers.jsonl"
+        write_lines(data, map(with_answers, read_lines(rows)))
+    for name in names:
         (tasks / f"{name}.yaml").write_text(
             f"include: {library / f'truthfulqa_{name}.yaml'}\ntask: half_{name}\ntag: null\ndataset_path: json\n"
-            f"dataset_name: null\ndataset_kwargs:\n  data_files:\n    validation: {rows.resolve()}\n"
+            f"dataset_name: null\ndataset_kwargs:\n  data_files:\n    validation: {data}\n"
         )
     results = lm_eval.simple_evaluate(
-        model=Scorer(), tasks=["half_mc1", "half_mc2"], limit=limit,
+        model=Scorer(), tasks=[f"half_{name}" for name in names], limit=limit,
         task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False),
     )["results"]
     return {
-        name: [float(results[f"half_{name}"][key]) for key in ("acc,none", "acc_stderr,none")]
-        for name in ("mc1", "mc2")
+        name: [float(results[f"half_{task}"][f"{value}{error},none"]) for error in ("", "_stderr")]
+        for name, (task, value) in SCORES[kind].items()
     }
+
+
+def with_answers(row: dict) -> dict:
+    """A question of `test` with the true and the false answers that a written one is compared with."""
+    both = list(zip(row["mc2_targets"]["choices"], row["mc2_targets"]["labels"]))
+    true, false = ([answer for answer, label in both if label == wanted] for wanted in (1, 0))
+    return {"question": row["question"], "correct_answers": true, "incorrect_answers": false}
+
+
+@torch.no_grad()
+def written_answers(model_folder: Path, contexts: list[str]) -> list[str]:
+    """The model's likeliest answer to each context, through the end of its paragraph."""
+    model, tokenizer = load_model(str(model_folder), torch.device("cpu"))
+    answers = []
+    for start in tqdm(range(0, len(contexts), 32), "TruthfulQA"):
+        prompts = tokenizer(contexts[start : start + 32], add_special_tokens=False)["input_ids"]
+        names = [f"answer {start + n}" for n in range(len(prompts))]
+        _, texts = write(model, tokenizer, prompts, names, 1, MAX_ANSWER, 0.01)  # so low a temperature is greedy
+        answers += [text.split("\n\n")[0] for (text,) in texts]
+    return answers
+
+
+def score(args, folder: Path, path: Path, kind: str = "choice") -> dict:
+    """truthfulqa() of the model in `folder`, from `path` where it is there already; else in a process of its own."""
+    if not path.exists():
+        run_script(__file__, "--truthfulqa", kind, folder, args.questions["test"], args.limit or 0, path)
+    return json.loads(path.read_text())
 
 
 @torch.no_grad()
@@ -250,9 +293,7 @@ def run_arm(name: str, seed: int, args, flags, part: str = "both") -> dict:
         row = {column: evals[when][key]["mean"] for column, key in FIGURES.items() if key in evals[when]}
         row["follows"], row["follows_error"] = following(read_lines(run / f"answers-{when}.jsonl"))
         scored = args.output_dir / f"truthfulqa-{'start' if when == 'start' else run.name}.json"
-        if not scored.exists():
-            run_script(__file__, "--truthfulqa", folder, args.questions["test"], args.limit or 0, scored)
-        for key, (share, error) in json.loads(scored.read_text()).items():
+        for key, (share, error) in score(args, folder, scored).items():
             row |= {key: share, f"{key}_error": error}
         found[when] = row
     found["end"]["minutes"] = training_minutes(run)
@@ -262,11 +303,7 @@ def run_arm(name: str, seed: int, args, flags, part: str = "both") -> dict:
 def run_arms(args, arms: dict, seeds) -> dict:
     """arm -> {seed: measures}; "start" is what the first arm began from."""
     first = next(iter(arms))
-    if not (args.output_dir / "truthfulqa-start.json").exists():  # once, not by two arms at a time
-        run_script(
-            __file__, "--truthfulqa", args.model, args.questions["test"], args.limit or 0,
-            args.output_dir / "truthfulqa-start.json",
-        )
+    score(args, args.model, args.output_dir / "truthfulqa-start.json")  # once, not by two arms at a time
     jobs = [(name, seed) for seed in seeds for name in arms]
     found = side_by_side(lambda name, seed: run_arm(name, seed, args, arms[name]), jobs, args.jobs)
     starts = {seed: found[first, seed]["start"] for seed in seeds}
@@ -361,8 +398,8 @@ def main() -> None:
     if sys.argv[1:2] == ["--completions"]:  # these two in processes of their own, on one thread
         return write_completions(*sys.argv[2:])
     if sys.argv[1:2] == ["--truthfulqa"]:
-        folder, rows, limit, path = sys.argv[2:]
-        return write_lines(Path(path), [truthfulqa(Path(folder), Path(rows), int(limit) or None)])
+        kind, folder, rows, limit, path = sys.argv[2:]
+        return write_lines(Path(path), [truthfulqa(Path(folder), Path(rows), int(limit) or None, kind)])
     parser = make_parser(__doc__, "real")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     args = settings(parser)

@@ -4,8 +4,8 @@
     python experiments/real_studies.py temperature --seeds 0 1 --limit 120
 
 transfer     Does it show where nobody rewarded it? Following under the principles of the pool that were not
-             trained (without that of few words, which a collapse to short answers follows too); and, trained on
-             GSM8K's questions alone, following on those of TruthfulQA.
+             trained (without that of few words, which a collapse to short answers follows too); and lm-eval's
+             truthfulqa_gen on the half that was not trained: is a written answer nearer to a true one?
 temperature  Does the papers' own term teach following at the temperature of its text? The InfoNCE loss without
              any information in the reward: TEMPERATURES x WEIGHTS for 18 steps, on a seed and on questions that
              are not reported; the weight with the most following, the format not below the start's. The best of
@@ -23,7 +23,7 @@ stand on its trainings, and make those that are missing. Flags that are left go 
 it was stopped; what is in --output-dir already is not asked again, with whatever flags it was made.
 
 Hours of one quiet core of an AMD EPYC without bfloat16 instructions, at 40 to 60 seconds a step; --jobs 2, the
-default, takes half as long on two: transfer 2 for each seed (2 trainings), temperature 7 (13), si 6 (9), geometry
+default, takes half as long on two: transfer a half for each seed, temperature 7 (13), si 6 (9), geometry
 a third for each seed, long 4 (2). Writes STUDY.json, of some STUDY.png, and prints the tables.
 """
 
@@ -78,47 +78,42 @@ def transfer(args) -> dict:
     real.run_arms(args, real.ARMS, args.seeds)
 
     def asked(name, seed):
-        """{study: rows} of one model."""
-        run, folder = args.output_dir / f"{name}-{seed}", args.model
-        on_sums = args.output_dir / f"{name}-sums-{seed}"
-        if name != "start":
-            flags = real.flags_of(args, seed, *real.ARMS[name], dataset="sums")
-            run_training(on_sums, *flags, "--model", args.model)
-            folder = run / "final"
-        return {
-            "principles": real.ask(
-                args, folder, args.output_dir / f"untrained-{name}-{seed}.jsonl",
-                real.flags_of(args, seed, "--principles", untrained),
-            ),
-            "questions": real.ask(
-                args, args.model if name == "start" else on_sums / "final",
-                args.output_dir / f"truth-{name}-{seed}.jsonl", real.flags_of(args, seed, dataset="truth"),
-            ),
-        }
+        """(completions under the other principles, scores of written answers to TruthfulQA) of one model."""
+        folder = args.model if name == "start" else args.output_dir / f"{name}-{seed}" / "final"
+        path, flags = args.output_dir / f"untrained-{name}-{seed}.jsonl", ("--principles", untrained)
+        scored = args.output_dir / f"generation-{'start' if name == 'start' else f'{name}-{seed}'}.json"
+        rows = real.ask(args, folder, path, real.flags_of(args, seed, *flags))
+        return rows, real.score(args, folder, scored, "generation")
 
+    real.score(args, args.model, args.output_dir / "generation-start.json", "generation")  # the same for each seed
     jobs = [(name, seed) for seed in args.seeds for name in ("start", *real.ARMS)]
     found = side_by_side(asked, jobs, args.jobs)
-    titles = {"principles": "untrained principles", "questions": "TruthfulQA's questions, trained on GSM8K's"}
     rows, results = [], {}
-    for study, title in titles.items():
-        for name, seed in jobs:
-            answers, before = (
-                [row for row in found[of, seed][study] if row["principle"] != BY_LENGTH] for of in (name, "start")
-            )
-            share, error = reading.following(answers)
-            change = reading.following(answers, before) if name != "start" else None
-            rows.append([title, name, seed, f"{share:.3f} ± {error:.3f}",
-                         f"{change[0]:+.3f} ± {change[1]:.3f}" if change else ""])
-            results[f"{study} {name} {seed}"] = {"follows": (share, error), "change": change}
-    print(markdown(["follows", "", "seed", "share ± standard error", "− the start's, the same questions"], rows), "\n")
+    for name, seed in jobs:
+        answers, before = (
+            [row for row in found[of, seed][0] if row["principle"] != BY_LENGTH] for of in (name, "start")
+        )
+        share, error = reading.following(answers)
+        change = reading.following(answers, before) if name != "start" else None
+        rows.append([name, seed, f"{share:.3f} ± {error:.3f}", f"{change[0]:+.3f} ± {change[1]:.3f}" if change else ""])
+        results[f"{name} {seed}"] = {"follows": (share, error), "change": change, "TruthfulQA": found[name, seed][1]}
+    print("Following under principles that were not trained\n")
+    print(markdown(["", "seed", "share ± standard error", "− the start's, the same questions"], rows), "\n")
     rows = []
     for principle in others:
         shares = []
         for name in ("start", *real.ARMS):
-            answers = itertools.chain.from_iterable(found[name, seed]["principles"] for seed in args.seeds)
+            answers = itertools.chain.from_iterable(found[name, seed][0] for seed in args.seeds)
             shares.append(statistics.mean(row["follows"] for row in answers if row["principle"] == principle))
         rows.append([principle, *(f"{share:.2f}" for share in shares)])
-    print(markdown(["untrained principle", "start", *real.ARMS], rows))
+    print(markdown(["untrained principle", "start", *real.ARMS], rows), "\n")
+    columns = list(real.SCORES["generation"])
+    rows = [
+        [name, seed, *("{:.3f} ± {:.3f}".format(*found[name, seed][1][column]) for column in columns)]
+        for name, seed in jobs if (name, seed) not in {("start", other) for other in args.seeds[1:]}
+    ]
+    print("TruthfulQA, written answers\n")
+    print(markdown(["", "seed", *columns], rows))
     return results
 
 

@@ -82,3 +82,25 @@ def test_lm_evals_log_likelihoods_are_those_of_a_plain_forward(monkeypatch):
         with torch.no_grad():
             logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         assert value == pytest.approx(sum(logp[n - 1, ids[n]].item() for n in range(start, len(ids))), abs=1e-3)
+
+
+def test_a_written_answer_is_compared_with_all_true_and_all_false_ones():
+    choices = {"choices": ["Yes", "No", "Never"], "labels": [1, 0, 0]}
+    row = {"question": "Is it?", "mc1_targets": {"choices": ["Yes", "No"], "labels": [1, 0]}, "mc2_targets": choices}
+    assert real.with_answers(row) == {
+        "question": "Is it?", "correct_answers": ["Yes"], "incorrect_answers": ["No", "Never"],
+    }
+
+
+def test_the_written_answer_is_the_likeliest_text_up_to_the_end_of_its_paragraph(monkeypatch):
+    import torch
+
+    from support.tiny import MODEL_DIR
+
+    model, tokenizer = load_model(str(MODEL_DIR), torch.device("cpu"))
+    monkeypatch.setattr(real, "load_model", lambda *_: (model, tokenizer))
+    context = "2 + 3"
+    (answer,) = real.written_answers("any", [context])
+    ids = tokenizer(context, add_special_tokens=False)["input_ids"]
+    expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=real.MAX_ANSWER)[0, len(ids) :]
+    assert answer == tokenizer.decode(expected, skip_special_tokens=True).split("\n\n")[0]

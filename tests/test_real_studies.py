@@ -37,9 +37,10 @@ def test_the_questions_files_are_parts_that_do_not_meet(tmp_path):
     (data / "truthfulqa_mc.json").write_text(json.dumps([{"question": f"Is it {n}?", **targets} for n in range(100)]))
     files = real.write_questions(tmp_path, data)
     found = {name: {row["question"] for row in common.read_lines(path)} for name, path in files.items()}
-    assert found["all"] == found["sums"] | found["truth"] and len(found["sums"]) == len(found["truth"])
-    assert not found["choice"] & found["all"] and len(found["choice"]) == len(found["sums"])
-    assert not found["test"] & found["truth"] and len(found["test"] | found["truth"]) == 100
+    of_truth = {question for question in found["all"] if question.startswith("Is it")}
+    assert len(found["all"]) == 2 * len(of_truth) and len(found["choice"]) == len(of_truth)  # as many sums
+    assert not found["choice"] & found["all"]
+    assert not found["test"] & of_truth and len(found["test"] | of_truth) == 100
     assert all(len(question) <= 200 for questions in found.values() for question in questions)
     with pytest.raises(SystemExit, match="--data: .*gsm8k_train.jsonl and truthfulqa_mc.json"):
         real.rows_of("gsm8k", tmp_path)
@@ -124,7 +125,7 @@ def test_train_reading_adds_its_figures_its_completions_and_one_half_of_the_loss
 
 
 def settings(tmp_path):
-    questions = {name: tmp_path / f"{name}.jsonl" for name in ("all", "sums", "truth", "choice", "test")}
+    questions = {name: tmp_path / f"{name}.jsonl" for name in ("all", "choice", "test")}
     return SimpleNamespace(
         output_dir=tmp_path, model=tmp_path / "model", questions=questions, seeds=[0, 1], jobs=1, limit=None, extra=[],
     )
@@ -164,7 +165,8 @@ def faked(tmp_path, monkeypatch):
                 for n in range(4) for p in principles
             ])
         elif "--truthfulqa" in arguments:
-            common.write_lines(tmp_path / arguments[-1], [{"mc1": [0.3, 0.04], "mc2": [0.5, 0.04]}])
+            scores = {name: [0.3, 0.04] for name in real.SCORES[arguments[2]]}
+            common.write_lines(tmp_path / arguments[-1], [scores])
         elif "--sets" in arguments:
             (tmp_path / "sets").mkdir()
             for n in range(1, real_studies.SETS + 1):
