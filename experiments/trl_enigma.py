@@ -164,10 +164,11 @@ def check(trainer, drawn, config) -> None:
     outputs = train.read(model, batch, targets.ot_tokens, config, config.mi_generations)
     loss, terms = train.losses(outputs, batch, targets, config)
 
-    ours = {"loss": loss, **terms}
-    apart = {name: abs(float(theirs[name]) - float(ours[name])) for name in theirs}
-    for name, difference in apart.items():
-        print(f"{name:8} TRL {float(theirs[name]):.6f}, train.py {float(ours[name]):.6f}, apart {difference:.1e}")
+    apart = {}
+    for name, value in theirs.items():
+        numbers = [torch.as_tensor(number).item() for number in (value, {"loss": loss, **terms}[name])]
+        apart[name] = abs(numbers[0] - numbers[1])
+        print("{:8} TRL {:.6f}, train.py {:.6f}, apart {:.1e}".format(name, *numbers, apart[name]))
     parameters = list(model.parameters())
     a, b = (torch.cat([g.flatten() for g in torch.autograd.grad(v, parameters)]) for v in (theirs["loss"], loss))
     apart["gradient"] = ((a - b).norm() / b.norm()).item()
