@@ -6,7 +6,9 @@ The mark of a principle is found by the regular expressions below: no loss and n
 training sees them. `row` or `column` in place of `both` trains with that half of the InfoNCE loss.
 """
 
+import hashlib
 import itertools
+import json
 import random
 import re
 import statistics
@@ -25,6 +27,10 @@ from experiments.common import write_lines  # noqa: E402
 from infonce import column_info_nce, row_info_nce  # noqa: E402
 
 MIN_WORDS = 4  # of a chain of thought
+EVALUATED = (  # settings that the evaluation of a given model depends on
+    "model", "principles", "dataset", "seed", "eval_questions", "num_principles", "temperature",
+    "max_completion_length", "examples", "prefill", "ot_tokens", "ot_eps",
+)
 
 
 def says(pattern):
@@ -129,9 +135,16 @@ def train_reading(part: str, flags) -> int:
         return values | {name: torch.tensor([float(value[name]) for value in read]) for name in read[0]}, example
 
     def evaluate_and_keep(model, reference, tokenizer, data, config):
+        start, end = (Path(config.output_dir) / f"answers-{when}.jsonl" for when in ("start", "end"))
+        known = start_file(config)
+        if not start.exists() and known.exists():
+            stored = json.loads(known.read_text(encoding="utf-8"))
+            write_lines(start, stored["answers"])
+            return stored["result"]
         answers.clear()
         result = evaluate(model, reference, tokenizer, data, config)
-        start, end = (Path(config.output_dir) / f"answers-{when}.jsonl" for when in ("start", "end"))
+        if not start.exists():
+            write_lines(known, [{"result": result, "answers": answers}])
         write_lines(end if start.exists() else start, answers)
         return result
 
@@ -144,6 +157,12 @@ def train_reading(part: str, flags) -> int:
     if part != "both":
         train.information_terms = half_of_the_terms
     return train.main(flags)
+
+
+def start_file(config) -> Path:
+    """Where the first evaluation of all runs beside this one is kept that begin alike: they are evaluated once."""
+    what = json.dumps([getattr(config, name) for name in EVALUATED])
+    return Path(config.output_dir).parent / f"start-{hashlib.sha256(what.encode()).hexdigest()[:12]}.json"
 
 
 def script(part: str = "both") -> tuple:

@@ -124,6 +124,24 @@ def test_train_reading_adds_its_figures_its_completions_and_one_half_of_the_loss
     assert train.information_terms(scores, config)["loss_mi"] == pytest.approx(expected.item())
 
 
+def test_runs_that_begin_alike_are_evaluated_once_at_the_start(tmp_path, monkeypatch):
+    flags = ["--principles", str(real.PRINCIPLES), "--num-questions", "1", "--num-principles", "2", "--eval-steps", "0"]
+    flags += ["--num-generations", "2", "--max-steps", "1", "--eval-questions", "2", "--max-completion-length", "8"]
+    sampled = []
+    for number, more in enumerate((["--lambda-mi", "0"], ["--lambda-mi", "0.1"], ["--seed", "1"])):
+        with pytest.MonkeyPatch.context() as patch:
+            sample = train.sample
+            patch.setattr(train, "sample", lambda *args: sampled.append(number) or sample(*args))
+            for name in ("evaluate", "evaluate_tasks"):
+                patch.setattr(train, name, getattr(train, name))
+            assert reading.train_reading("both", [*flags, *more, "--output-dir", str(tmp_path / f"run{number}")]) == 0
+    assert [sampled.count(number) for number in range(3)] == [3, 2, 3]  # start, step and end; step and end
+    alike, same, other = ((tmp_path / f"run{number}" / "answers-start.jsonl").read_text() for number in range(3))
+    assert alike == same != other
+    evals = [json.loads((tmp_path / f"run{number}" / "eval.json").read_text())["start"] for number in range(3)]
+    assert evals[0] == evals[1] != evals[2]
+
+
 def settings(tmp_path):
     questions = {name: tmp_path / f"{name}.jsonl" for name in ("all", "choice", "test")}
     return SimpleNamespace(
