@@ -311,7 +311,7 @@ def geometry(args) -> dict:
     shown = sorted({*range(0, layers, max(1, layers // 6)), layers - 1})  # about seven of them
     rows = [
         [layer, *(
-            f"{statistics.mean(value(found[name, seed]['layers'][layer]) for seed in args.seeds):.3f}"
+            f"{round(statistics.mean(value(found[name, seed]['layers'][layer]) for seed in args.seeds), 3) + 0.0:.3f}"
             for value in LAYER_FIGURES.values() for name in CHANGED
         )]
         for layer in shown
