@@ -17,12 +17,14 @@ result is in --output-dir, a training resumed at its last checkpoint. Trainings 
     TruthfulQA   mc1 and mc2 on the other half, by the tasks and the scoring of lm-eval
 
 Writes real.json and real.png; prints the means over seeds, each seed beside its own start, and the
-first ten completions. Flags not listed here go to train.py, and win over the arms'.
-experiments/real_studies.py goes on from here.
+first ten completions. `words` are those of a chain of thought, `short` the share of chains of fewer
+than four. Flags not listed here go to train.py, and win over the arms'. experiments/real_studies.py
+goes on from here.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import statistics
 import sys
@@ -72,8 +74,9 @@ ARMS = {  # name -> its flags of train.py
 SEEDS = (0, 1, 90210)
 FIGURES = {  # column -> name in eval.json
     "format": "format", "SI": "si", "accuracy": "accuracy", "drift": "sinkhorn", "tokens": "completion_length",
+    "words": "words", "short": "short_chains",
 }
-COLUMNS = ("format", "follows", "SI", "accuracy", "drift", "tokens", "mc1", "mc2", "minutes")
+COLUMNS = ("format", "follows", "SI", "accuracy", "drift", "tokens", "words", "short", "mc1", "mc2", "minutes")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,6 +342,19 @@ def table_by_seed(results: dict) -> str:
     return markdown(["", "seed", *COLUMNS], rows)
 
 
+def gains(args, names, seeds) -> str:
+    """Following of each arm less the start's and less that of the first arm, ± standard error over questions."""
+    def answers(name, seed, when="end"):
+        return read_lines(args.output_dir / f"{name}-{seed}" / f"answers-{when}.jsonl")
+
+    rows = []
+    for name, seed in itertools.product(names, seeds):
+        before = [answers(name, seed, "start")] + [answers(names[0], seed)] * (name != names[0])
+        cells = ["{:+.2f} ± {:.2f}".format(*following(answers(name, seed), other)) for other in before]
+        rows.append([name, seed, *cells, *[""] * (2 - len(cells))])
+    return markdown(["follows", "seed", "− start", f"− {names[0]}"], rows)
+
+
 def ten_completions(columns: dict[str, Path]) -> str:
     """The first ten completions of each model, unselected, cut at 170 characters; title -> answers of an evaluation."""
     def cell(text):
@@ -406,7 +422,8 @@ def main() -> None:
     results = run_arms(args, {name: ARMS[name] for name in args.arms}, args.seeds)
     (args.output_dir / "real.json").write_text(json.dumps(results, indent=1) + "\n")
     answers = answers_files(args, {name: f"{name}-{args.seeds[0]}" for name in args.arms})
-    print(table(results), table_by_seed(results), ten_completions(answers), sep="\n\n")
+    tables = table(results), table_by_seed(results), gains(args, args.arms, args.seeds), ten_completions(answers)
+    print(*tables, sep="\n\n")
     write_plot(args.output_dir / "real.json", lambda pyplot: plot(pyplot, results))
 
 
