@@ -17,7 +17,7 @@ result is in --output-dir, a training resumed at its last checkpoint. Trainings 
     TruthfulQA   mc1 and mc2 on the other half, by the tasks and the scoring of lm-eval
 
 Writes real.json and real.png; prints the means over seeds, each seed beside its own start, and the
-first ten completions. `words` are those of a chain of thought, `short` the share of chains of fewer
+first ten completions to sums. `words` are those of a chain of thought, `short` the share of chains of fewer
 than four. Flags not listed here go to train.py, and win over the arms'. experiments/real_studies.py
 goes on from here.
 """
@@ -355,22 +355,20 @@ def gains(args, names, seeds) -> str:
     return markdown(["follows", "seed", "− start", f"− {names[0]}"], rows)
 
 
-def ten_completions(columns: dict[str, Path]) -> str:
-    """The first ten completions of each model, unselected, cut at 170 characters; title -> answers of an evaluation."""
+def ten_completions(args, runs: dict[str, str]) -> str:
+    """The first ten completions to sums, unselected, cut at 170 characters, of the start and of runs: title -> name."""
+    first = args.output_dir / next(iter(runs.values()))
+    files = {"start": first / "answers-start.jsonl"}
+    files |= {title: args.output_dir / run / "answers-end.jsonl" for title, run in runs.items()}
+    sums = {row["question"].strip() for row in read_lines(args.questions["all"]) if "answer" in row}
+
     def cell(text):
         return "`" + (text if len(text) <= 170 else text[:169] + "…").replace("\n", " ").replace("|", "\\|") + "`"
 
-    answers = [read_lines(path)[:10] for path in columns.values()]
+    answers = [[row for row in read_lines(path) if row["question"] in sums][:10] for path in files.values()]
     return markdown(
-        ["principle", *columns], [[row[0]["principle"], *(cell(one["text"]) for one in row)] for row in zip(*answers)]
+        ["principle", *files], [[row[0]["principle"], *(cell(one["text"]) for one in row)] for row in zip(*answers)]
     )
-
-
-def answers_files(args, runs: dict[str, str]) -> dict[str, Path]:
-    """Title -> file of the completions: of the start, and of each run (title -> its directory's name) at its end."""
-    first = args.output_dir / next(iter(runs.values()))
-    ends = {title: args.output_dir / run / "answers-end.jsonl" for title, run in runs.items()}
-    return {"start": first / "answers-start.jsonl"} | ends
 
 
 def plot(pyplot, results: dict):
@@ -421,8 +419,8 @@ def main() -> None:
     args = settings(parser)
     results = run_arms(args, {name: ARMS[name] for name in args.arms}, args.seeds)
     (args.output_dir / "real.json").write_text(json.dumps(results, indent=1) + "\n")
-    answers = answers_files(args, {name: f"{name}-{args.seeds[0]}" for name in args.arms})
-    tables = table(results), table_by_seed(results), gains(args, args.arms, args.seeds), ten_completions(answers)
+    runs = {name: f"{name}-{args.seeds[0]}" for name in args.arms}
+    tables = table(results), table_by_seed(results), gains(args, args.arms, args.seeds), ten_completions(args, runs)
     print(*tables, sep="\n\n")
     write_plot(args.output_dir / "real.json", lambda pyplot: plot(pyplot, results))
 

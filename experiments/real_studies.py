@@ -373,7 +373,7 @@ def long(args) -> dict:
     by_seed = {"start": {seed: next(iter(results.values()))["start"]}}
     by_seed |= {name: {seed: value["end"]} for name, value in results.items()}
     print(real.table_by_seed(by_seed), "\n")
-    print(real.ten_completions(real.answers_files(args, {name: f"{name}-long-{seed}" for name in results})))
+    print(real.ten_completions(args, {name: f"{name}-long-{seed}" for name in results}))
     write_plot(args.output_dir / "long.json", lambda pyplot: course_plot(pyplot, courses))
     return results
 

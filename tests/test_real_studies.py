@@ -130,8 +130,7 @@ def test_runs_that_begin_alike_are_evaluated_once_at_the_start(tmp_path, monkeyp
     sampled = []
     for number, more in enumerate((["--lambda-mi", "0"], ["--lambda-mi", "0.1"], ["--seed", "1"])):
         with pytest.MonkeyPatch.context() as patch:
-            sample = train.sample
-            patch.setattr(train, "sample", lambda *args: sampled.append(number) or sample(*args))
+            patch.setattr(train, "sample", lambda *args, n=number, s=train.sample: sampled.append(n) or s(*args))
             for name in ("evaluate", "evaluate_tasks"):
                 patch.setattr(train, name, getattr(train, name))
             assert reading.train_reading("both", [*flags, *more, "--output-dir", str(tmp_path / f"run{number}")]) == 0
@@ -144,6 +143,7 @@ def test_runs_that_begin_alike_are_evaluated_once_at_the_start(tmp_path, monkeyp
 
 def settings(tmp_path):
     questions = {name: tmp_path / f"{name}.jsonl" for name in ("all", "choice", "test")}
+    common.write_lines(questions["all"], [{"question": "q0"}, {"question": "q1", "answer": "1"}])
     return SimpleNamespace(
         output_dir=tmp_path, model=tmp_path / "model", questions=questions, seeds=[0, 1], jobs=1, limit=None, extra=[],
     )
