@@ -372,9 +372,9 @@ def ten_completions(args, runs: dict[str, str]) -> str:
 
 
 def plot(pyplot, results: dict):
-    columns = [column for column in COLUMNS if column not in ("minutes", "accuracy")]
-    figure, axes = pyplot.subplots(1, len(columns), figsize=(2.3 * len(columns), 3), layout="constrained")
-    for axis, column in zip(axes, columns, strict=True):
+    columns = [column for column in COLUMNS if column not in ("minutes", "accuracy", "mc1")]
+    figure, axes = pyplot.subplots(2, len(columns) // 2, figsize=(10, 5), layout="constrained")
+    for axis, column in zip(axes.flat, columns, strict=True):
         for place, by_seed in enumerate(results.values()):
             rows = [row for row in by_seed.values() if column in row]
             values = [row[column] for row in rows]
