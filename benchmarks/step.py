@@ -38,6 +38,7 @@ from support import sampling, tiny  # noqa: E402
 from support.data import make_template, questions_of  # noqa: E402
 from support.prompts import build_messages  # noqa: E402
 from support.rows import LeftOut  # noqa: E402
+from support.run import settle  # noqa: E402
 from support.steps import Step  # noqa: E402
 
 VARIANTS = {
@@ -194,6 +195,8 @@ def main() -> None:
 
     def steppers(variants, flags):  # name -> function of the round's number
         configs = {name: train.parse(["--principles", "-", *variants[name], *flags]) for name in variants}
+        for settings in configs.values():
+            settle(settings, model, tokenizer)
         state = model, reference, tokenizer, questions
         return {name: lambda number, c=c: step(*state, c, number) for name, c in configs.items()}
 
