@@ -136,16 +136,16 @@ def train_reading(part: str, flags) -> int:
 
     def evaluate_and_keep(model, reference, tokenizer, data, config):
         start, end = (Path(config.output_dir) / f"answers-{when}.jsonl" for when in ("start", "end"))
-        known = start_file(config)
-        if not start.exists() and known.exists():
+        first, known = not start.exists(), start_file(config)
+        if first and known.exists():
             stored = json.loads(known.read_text(encoding="utf-8"))
             write_lines(start, stored["answers"])
             return stored["result"]
         answers.clear()
         result = evaluate(model, reference, tokenizer, data, config)
-        if not start.exists():
+        if first:
             write_lines(known, [{"result": result, "answers": answers}])
-        write_lines(end if start.exists() else start, answers)
+        write_lines(start if first else end, answers)
         return result
 
     def half_of_the_terms(scores, config):

@@ -17,9 +17,9 @@ result is in --output-dir, a training resumed at its last checkpoint. Trainings 
     TruthfulQA   mc1 and mc2 on the other half, by the tasks and the scoring of lm-eval
 
 Writes real.json and real.png; prints the means over seeds, each seed beside its own start, and the
-first ten completions to sums. `words` are those of a chain of thought, `short` the share of chains of fewer
-than four. Flags not listed here go to train.py, and win over the arms'. experiments/real_studies.py
-goes on from here.
+first ten completions to sums. `words` are those of a chain of thought, `short` the share of chains
+of fewer than four. Flags not listed here go to train.py, and win over the arms'.
+experiments/real_studies.py goes on from here.
 """
 
 import argparse
@@ -174,12 +174,12 @@ def write_completions(model_folder: str, path: str, *flags) -> None:
 
 
 SCORES = {  # kind of task -> its scores, the names of lm-eval
-    "choice": {"mc1": ("mc1", "acc"), "mc2": ("mc2", "acc")},
+    "truthfulqa": {"mc1": ("mc1", "acc"), "mc2": ("mc2", "acc")},
     "generation": {name: ("gen", name) for name in ("bleu_acc", "rouge1_acc", "rougeL_acc", "bleu_diff")},
 }
 
 
-def truthfulqa(model_folder: Path, rows: Path, limit: int | None, kind: str = "choice") -> dict:
+def truthfulqa(model_folder: Path, rows: Path, limit: int | None, kind: str = "truthfulqa") -> dict:
     """{"mc1": [share, standard error], "mc2": …} by the prompt, tasks and scoring of lm-eval.
 
     Of a kind `generation`: whether a written answer is nearer to a true or to a false one, `bleu_acc`
@@ -243,8 +243,9 @@ def written_answers(model_folder: Path, contexts: list[str]) -> list[str]:
     return answers
 
 
-def score(args, folder: Path, path: Path, kind: str = "choice") -> dict:
-    """truthfulqa() of the model in `folder`, from `path` where it is there already; else in a process of its own."""
+def score(args, folder: Path, name: str, kind: str = "truthfulqa") -> dict:
+    """truthfulqa() of the model in `folder`, by a process of its own unless KIND-NAME.json is there already."""
+    path = args.output_dir / f"{kind}-{name}.json"
     if not path.exists():
         run_script(__file__, "--truthfulqa", kind, folder, args.questions["test"], args.limit or 0, path)
     return json.loads(path.read_text())
@@ -295,8 +296,7 @@ def run_arm(name: str, seed: int, args, flags, part: str = "both") -> dict:
     for when, folder in (("start", args.model), ("end", run / "final")):
         row = {column: evals[when][key]["mean"] for column, key in FIGURES.items() if key in evals[when]}
         row["follows"], row["follows_error"] = following(read_lines(run / f"answers-{when}.jsonl"))
-        scored = args.output_dir / f"truthfulqa-{'start' if when == 'start' else run.name}.json"
-        for key, (share, error) in score(args, folder, scored).items():
+        for key, (share, error) in score(args, folder, "start" if when == "start" else run.name).items():
             row |= {key: share, f"{key}_error": error}
         found[when] = row
     found["end"]["minutes"] = training_minutes(run)
@@ -306,7 +306,7 @@ def run_arm(name: str, seed: int, args, flags, part: str = "both") -> dict:
 def run_arms(args, arms: dict, seeds) -> dict:
     """arm -> {seed: measures}; "start" is what the first arm began from."""
     first = next(iter(arms))
-    score(args, args.model, args.output_dir / "truthfulqa-start.json")  # once, not by two arms at a time
+    score(args, args.model, "start")  # once, not by two arms at a time
     jobs = [(name, seed) for seed in seeds for name in arms]
     found = side_by_side(lambda name, seed: run_arm(name, seed, args, arms[name]), jobs, args.jobs)
     starts = {seed: found[first, seed]["start"] for seed in seeds}

@@ -82,11 +82,10 @@ def transfer(args) -> dict:
         """(completions under the other principles, scores of written answers to TruthfulQA) of one model."""
         folder = args.model if name == "start" else args.output_dir / f"{name}-{seed}" / "final"
         path, flags = args.output_dir / f"untrained-{name}-{seed}.jsonl", ("--principles", untrained)
-        scored = args.output_dir / f"generation-{'start' if name == 'start' else f'{name}-{seed}'}.json"
         rows = real.ask(args, folder, path, real.flags_of(args, seed, *flags))
-        return rows, real.score(args, folder, scored, "generation")
+        return rows, real.score(args, folder, name if name == "start" else f"{name}-{seed}", "generation")
 
-    real.score(args, args.model, args.output_dir / "generation-start.json", "generation")  # the same for each seed
+    real.score(args, args.model, "start", "generation")  # the same for each seed
     jobs = [(name, seed) for seed in args.seeds for name in ("start", *real.ARMS)]
     found = side_by_side(asked, jobs, args.jobs)
     rows, results = [], {}

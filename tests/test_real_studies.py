@@ -12,6 +12,11 @@ import train
 from experiments import common, reading, real, real_studies, si_study
 from support.files import Principle, Question, load_principles
 
+TRAINING = (  # flags of a short one
+    "--principles", str(real.PRINCIPLES), "--num-questions", "1", "--num-principles", "2", "--num-generations", "2",
+    "--max-steps", "1", "--eval-questions", "2", "--eval-steps", "0", "--max-completion-length", "8",
+)
+
 
 def rows(*shown, question="q"):
     return [
@@ -109,8 +114,7 @@ def test_text_values_of_a_question():
 def test_train_reading_adds_its_figures_its_completions_and_one_half_of_the_loss(tmp_path, monkeypatch):
     for name in ("sample", "evaluate", "evaluate_tasks", "information_terms"):
         monkeypatch.setattr(train, name, getattr(train, name))  # put back after the test
-    flags = ["--principles", str(real.PRINCIPLES), "--num-questions", "1", "--num-principles", "2", "--eval-steps", "1"]
-    flags += ["--num-generations", "2", "--max-steps", "2", "--eval-questions", "2", "--max-completion-length", "8"]
+    flags = [*TRAINING, "--eval-steps", "1", "--max-steps", "2"]
     assert reading.train_reading("row", [*flags, "--mi-temperature", "5", "--output-dir", str(tmp_path / "run")]) == 0
     evals = json.loads((tmp_path / "run" / "eval.json").read_text())
     for when in ("start", "end"):
@@ -125,15 +129,13 @@ def test_train_reading_adds_its_figures_its_completions_and_one_half_of_the_loss
 
 
 def test_runs_that_begin_alike_are_evaluated_once_at_the_start(tmp_path, monkeypatch):
-    flags = ["--principles", str(real.PRINCIPLES), "--num-questions", "1", "--num-principles", "2", "--eval-steps", "0"]
-    flags += ["--num-generations", "2", "--max-steps", "1", "--eval-questions", "2", "--max-completion-length", "8"]
     sampled = []
     for number, more in enumerate((["--lambda-mi", "0"], ["--lambda-mi", "0.1"], ["--seed", "1"])):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "sample", lambda *args, n=number, s=train.sample: sampled.append(n) or s(*args))
             for name in ("evaluate", "evaluate_tasks"):
                 patch.setattr(train, name, getattr(train, name))
-            assert reading.train_reading("both", [*flags, *more, "--output-dir", str(tmp_path / f"run{number}")]) == 0
+            assert reading.train_reading("both", [*TRAINING, *more, "--output-dir", str(tmp_path / f"run{number}")]) == 0
     assert [sampled.count(number) for number in range(3)] == [3, 2, 3]  # start, step and end; step and end
     alike, same, other = ((tmp_path / f"run{number}" / "answers-start.jsonl").read_text() for number in range(3))
     assert alike == same != other
