@@ -1,6 +1,6 @@
 """What a step costs on one GPU, beside what the machine could do: models of 1B shapes.
 
-    python benchmarks/gpu.py                                  # under eight minutes on an H200
+    python benchmarks/gpu.py                                  # no part begins after seven minutes
     python benchmarks/gpu.py --device cpu --shape small       # all of it on a toy, to see that it runs
 
 Weights are random (speed does not need trained ones), the prompts those of the embedded task, and

@@ -82,9 +82,10 @@ def measure_logits(variant: str, rows: int, tokens: int, vocabulary: int, width:
 
 def write_model(folder: str, kind: str, config: str, settings: str) -> None:
     """A random model with the embedded model's tokenizer, for train.py."""
-    import tiny
     import torch
     import transformers
+
+    from support import tiny
 
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer()

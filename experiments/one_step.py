@@ -435,6 +435,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "one-step")
     directory = parser.parse_args().output_dir
+    try:
+        from experiments.one_step_figures import draw_all  # here: the numbers need no matplotlib
+    except ImportError as error:
+        raise SystemExit(f"error: {error}; the figures need `pip install matplotlib`") from None
     folders = {run: directory / run.replace(" ", "-") for run in RUNS}
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the page has the numbers of a CPU
 
@@ -457,8 +461,6 @@ def main() -> None:
     drifted = {name: transports(moments[name]) for name in shown}
     parts = [opening(moments["start"], moments[OURS_EARLY]), batch, scores, clouds_part(moments, drifted), gradients,
              later_gradients, weights, later_part(moments)]
-
-    from experiments.one_step_figures import draw_all  # here: the numbers need no matplotlib
 
     draw_all(moments, drifted)
     PAGE.write_text("\n\n".join(map(wrapped, parts)) + "\n", encoding="utf-8")

@@ -312,7 +312,7 @@ def geometry(args) -> dict:
     shown = sorted({*range(0, layers, max(1, layers // 6)), layers - 1})  # about seven of them
     rows = [
         [layer, name, *(
-            f"{round(statistics.mean(value(found[name, seed]['layers'][layer]) for seed in args.seeds), 4) + 0.0:.4g}"
+            f"{statistics.mean(value(found[name, seed]['layers'][layer]) for seed in args.seeds):.4g}"
             for value in LAYER_FIGURES.values()
         )]
         for layer in shown for name in CHANGED

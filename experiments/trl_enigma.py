@@ -4,7 +4,7 @@
     python experiments/trl_enigma.py --steps 5 --check   # then: on the same completions, the losses of train.py
 
 It needs `pip install trl==1.16.0`. EnigmaTrainer is the part to copy, with infonce.py, sinkhorn.py,
-grpo.format_reward and cot_mask. Its forwards all go through the wrapped model, as TRL's do.
+metrics.py, grpo.format_reward and cot_mask. Its forwards all go through the wrapped model, as TRL's do.
 Run so far, with the embedded model: one process, two (DDP on CPUs), LoRA with gradient
 checkpointing and accumulation. Not run: FSDP, DeepSpeed, vLLM.
 
