@@ -50,8 +50,8 @@ def information(scores, estimator: str = "row"):
     Exact for matched scores, neither an estimate nor a bound for other critics. On the embedded
     model its standard deviation over questions is 2 to 4 times smaller. Source: our choice.
 
-    Raises ValueError for another shape or estimator, for NaN, and for scores that are not finite on
-    the diagonal.
+    Raises ValueError for another shape or estimator, FloatingPointError for NaN, inf, and scores that
+    are not finite on the diagonal.
     """
     _check_scores(scores)
     if estimator == "row":
@@ -59,6 +59,7 @@ def information(scores, estimator: str = "row"):
     elif estimator == "column":
         losses = column_info_nce(scores)  # [N, K]
     elif estimator == "posterior":
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # [N, K, K]
         losses = torch.special.entr(scores.softmax(-1)).sum(1)  # [N, K]
     else:
         raise ValueError(f'information expects estimator "row", "column" or "posterior", got {estimator!r}')
@@ -205,11 +206,11 @@ def select_subset(scores, size: int, exact_up_to: int = 5000) -> list[int]:
 
 
 def _check_scores(scores) -> None:
-    """Raises ValueError for what the estimators cannot take."""
+    """Raises ValueError or FloatingPointError for what the estimators cannot take."""
     if scores.ndim != 3 or scores.shape[1] != scores.shape[2]:
         raise ValueError(f"expected scores [N, K, K] (question, completion, principle), got {list(scores.shape)}")
-    if not scores.diagonal(dim1=-2, dim2=-1).isfinite().all() or scores.isnan().any():
-        raise FloatingPointError("expected finite scores of each completion under its own principle, and no NaN")
+    if not scores.diagonal(dim1=-2, dim2=-1).isfinite().all() or not (scores < math.inf).all():
+        raise FloatingPointError("expected finite scores of each completion under its own principle, and no NaN or inf")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
     checkpoint     what a stopped run goes on from, in one file
     report         what is printed and drawn: tables, warnings, the model card, plots
     preferences    pairs: from text to loss, and the loop that trains on them alone
+    steps          one step: its figures and clock, micro-batches, the optimiser
     memory         what a step takes, and the largest micro-batch that fits
     data           what a run trains and evaluates on: read, split, measured
     settings       every flag, its help and its bounds

@@ -69,7 +69,7 @@ def check_written_files(config, **endings) -> None:
             raise InputError(f"{flag(name)}: got {path}; a file that ends in {ending} is accepted")
         if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
             raise InputError(f"{flag(name)}: {path} cannot be written; a file in a writable folder is accepted")
-        for source in (config.principles, config.dataset):
+        for source in (config.principles, config.dataset, config.examples):
             if source and os.path.exists(source) and os.path.exists(path) and os.path.samefile(source, path):
                 raise InputError(f"{flag(name)}: {path} is read by this command; another file is accepted")
 

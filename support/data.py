@@ -4,7 +4,8 @@
     evaluated         the first --eval-questions of the held-out ones
     step s of n each  places s·n … (s+1)·n - 1 of epoch after epoch; each epoch is a new order
 
-All of it holds for questions and preference pairs alike, and nothing depends on the order of a file.
+All of it holds for questions and preference pairs alike. Nothing depends on the order of a file, but for the
+order among pairs of one prompt, and which of them is evaluated: the first.
 """
 
 import functools
@@ -177,9 +178,10 @@ def split(items, num_eval: int, needed: int | None = None) -> tuple[list, list]:
     """(to train on, held out for evaluation) of `Question`s or `Preference`s; see `is_held_out`.
 
     Both in the order of a hash, whatever that of the file; of held-out texts that are equal but for
-    case and spacing the first by text, and of all these the first `num_eval`. With `needed` items is
-    a stream: it is read until `needed` are found to train on and `num_eval` held out. The first held
-    out count, so that a longer training reads on and is evaluated on the same.
+    case and spacing the first by text (of pairs of one prompt, the first in the file), and of all these
+    the first `num_eval`. With `needed` items is a stream: it is read until `needed` are found to train
+    on and `num_eval` held out. The first held out count, so that a longer training reads on and is
+    evaluated on the same.
     """
     train, held_out = {}, {}
     for item in items:

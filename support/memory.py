@@ -46,43 +46,50 @@ def fit(model, data, config) -> tuple[bool, int, str]:
     texts = pairs = None
     if data.principles:
         texts = Texts(model, data.longest_prompts, config.max_completion_length, config.bf16)
-    if data.pairs:
-        longest = sorted(data.pairs.prompts, key=len)[-2:]
-        pairs = Texts(model, longest, data.pairs.tokens.shape[-1], config.bf16)
+    if data.pairs:  # those of training, and of the completions that an evaluation writes
+        lengths = (data.pairs, data.pairs.tokens.shape[-1]), (data.held_out_pairs, config.max_completion_length)
+        pairs = [Texts(model, sorted(some.prompts, key=len)[-2:], length, config.bf16) for some, length in lengths]
     free, weights = free_memory(model.device), sum(p.nbytes for p in model.parameters())
     room = float("inf") if free is None else HEADROOM * free + weights  # weights: already in memory
     given, tried = (config.gradient_checkpointing, config.micro_batch), []
-    for choice in choices(config, data, rows_per_forward(model.device)):
-        checkpointing, rows = (c if g is None else g for c, g in zip(choice, given))
+
+    def try_it(checkpointing, rows):  # whether it fits
         settings = replace(config, gradient_checkpointing=checkpointing, micro_batch=rows)
         tried.append(sizes(model, texts, pairs, settings))
-        if (total := sum(tried[-1].values())) <= room:
+        return sum(tried[-1].values()) <= room
+
+    possible = choices(config, rows_per_forward(model.device))
+    for choice in possible:
+        checkpointing, rows = (c if g is None else g for c, g in zip(choice, given))
+        if try_it(checkpointing, rows):
             break
+    total = sum(tried[-1].values())
     shown = ", ".join(f"{name} {size / 1e9:.2g}" for name, size in tried[-1].items() if size >= 5e6)
     line = f"memory: about {total / 1e9:.2g} GB ({shown})"
     line += "" if free is None else f" of {(free + weights) / 1e9:.3g} GB free"
     if total > room and None in given:
         raise InputError(f"{line}, with the smallest micro-batch: it does not fit; {advice(model, tried[-1], config)}")
     if total > room:
-        line += f": it may not fit; leave out --micro-batch and --gradient-checkpointing, or {ADVICE}"
+        fitting = next((choice for choice in possible if try_it(*choice)), None)
+        flags = "--gradient-checkpointing {} --micro-batch {} would".format(*fitting) if fitting else None
+        line += f": it may not fit; {flags or advice(model, tried[-1], config)}"
     elif len(tried) > 1:
         flags = f"--micro-batch {rows}" + " --gradient-checkpointing True" * checkpointing
         line += f"; {flags} is chosen, since all at once would take {sum(tried[0].values()) / 1e9:.2g} GB"
     return checkpointing, rows, line
 
 
-def choices(config, data, block: int) -> list[tuple[bool, int]]:
+def choices(config, block: int) -> list[tuple[bool, int]]:
     """(activations recomputed?, rows of a micro-batch), the fastest first; `block`: the most rows in a forward."""
-    questions, rows = config.num_questions, config.rows_per_question
-    whole = min(256, max(questions * rows, 2 * config.num_pairs * bool(data.pairs)))
-    halves = [max(1, questions >> n) * rows for n in range(questions.bit_length())]  # of all questions, of half, … of 1
-    kept = [(False, size) for size in dict.fromkeys([whole, *(min(whole, size) for size in halves)])]
+    items, rows = (config.num_pairs, 2) if config.preferences else (config.num_questions, config.rows_per_question)
+    halves = [max(1, items >> n) * rows for n in range(items.bit_length())]  # of all of a step, of half, … of one
+    kept = [(False, size) for size in dict.fromkeys(min(256, size) for size in halves)]
     return kept + [(True, block >> n) for n in range(block.bit_length())]
 
 
 def advice(model, parts, config) -> str:
     """What to do where `parts`, the bytes of the smallest micro-batch, do not fit."""
-    if config.lora_rank:
+    if config.lora_rank or config.resume:
         return f"try {LESS}"
     trained = RANK * sum(layer.in_features + layer.out_features for layer in linear_layers(model))
     own = {"bfloat16 copies": 0, "reference": 0, "optimiser": 8 * trained, "gradient": 4 * trained}
@@ -91,20 +98,20 @@ def advice(model, parts, config) -> str:
 
 
 def sizes(model, texts, pairs, config) -> dict[str, float]:
-    """Bytes by part at the peak, completions of full length; `texts` and `pairs`: Texts or None."""
+    """Bytes by part at the peak, completions of full length; `texts`: Texts or None, `pairs`: two of them or None."""
     phases, num, weights = [], config.num_principles, sum(p.nbytes for p in model.parameters())
     if texts:
         questions = -(-config.num_questions // parallel.world())  # of this process
         evaluated = min(config.eval_rows, config.eval_questions * num)
         for rows, prompts in (questions * num * config.num_generations, questions * num), (evaluated, evaluated):
-            vocabulary = len(model.get_output_embeddings().weight)
-            passing = max(texts.prompt_cache, 12 * vocabulary)  # logits, log-probabilities and probabilities
-            phases.append({"sampling": prompts * texts.prompt_cache + rows * (texts.cache + passing)})
+            phases.append(sampling(model, texts, rows, prompts))
         questions = min(questions, max(1, config.micro_batch // config.rows_per_question))
         phases.append(training(model, texts, questions * config.rows_per_question, questions, num, config))
     if pairs:
         num_pairs = min(config.num_pairs, max(1, config.micro_batch // 2))
-        phases.append(training(model, pairs, 2 * num_pairs, num_pairs, 1, config))
+        phases.append(training(model, pairs[0], 2 * num_pairs, num_pairs, 1, config))
+        evaluated = min(config.eval_rows, -(-config.eval_questions // parallel.world()))
+        phases.append(sampling(model, pairs[1], evaluated, evaluated))
     halved = 2 * sum(p.numel() for layer in linear_layers(model) for p in layer.parameters()) if config.bf16 else 0
     return {
         "weights": weights,
@@ -113,6 +120,12 @@ def sizes(model, texts, pairs, config) -> dict[str, float]:
         "optimiser": 8 * sum(p.numel() for p in model.parameters() if p.requires_grad),
         **max(phases, key=lambda parts: sum(parts.values())),
     }
+
+
+def sampling(model, texts, rows: int, prompts: int) -> dict[str, float]:
+    """Bytes of `rows` completions of `prompts` prompts, as they are sampled."""
+    passing = max(texts.prompt_cache, 12 * len(model.get_output_embeddings().weight))  # logits and two of their size
+    return {"sampling": prompts * texts.prompt_cache + rows * (texts.cache + passing)}
 
 
 def training(model, texts, rows: int, questions: int, num: int, config) -> dict[str, float]:

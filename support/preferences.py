@@ -31,8 +31,8 @@ FIELDS = ("prompt", "chosen", "rejected", "answer")
 PAIRS_PER_FORWARD = 32  # without gradient
 
 
-def load_preferences(source, left_out=None) -> list[Preference]:
-    """`Preference`s, one or more, of a .jsonl, .parquet or .csv file, or of a data set's train split.
+def load_preferences(source, left_out=None, config=None, split="train") -> list[Preference]:
+    """`Preference`s, one or more, of a .jsonl, .parquet or .csv file, or of a data set in `config` and `split`.
 
     TRL's formats: `prompt`, `chosen`, `rejected`, each a string, used as it stands, or each a list
     of {"role", "content"} messages, one of the assistant as the response. Without `prompt` it is
@@ -40,7 +40,7 @@ def load_preferences(source, left_out=None) -> list[Preference]:
     read. Rows that cannot be used: see LeftOut.
     """
     pairs, left_out = [], left_out or LeftOut(source)
-    for where, row, names in rows_of(source, FIELDS):
+    for where, row, names in rows_of(source, FIELDS, config, split):
         try:
             refuse_near_names(where, good(row), names, FIELDS)
             pairs.append(_preference(where, row))
@@ -190,7 +190,7 @@ def load_pairs(model, tokenizer, config) -> Data:
         held_out = tiny.make_pairs(config.eval_questions, True)
         total = len(train) + len(held_out)
     else:
-        pairs = load_preferences(config.preferences, left_out)
+        pairs = load_preferences(config.preferences, left_out, config.dataset_config, config.dataset_train_split)
         total = left_out.count + len(pairs)
         train, held_out = split(pairs, config.eval_questions)
         if needed < len(train):  # the reference reads each pair before the first step
@@ -273,7 +273,7 @@ def evaluate_pairs(model, tokenizer, pairs: Pairs, config) -> dict:
 def write_responses(model, tokenizer, prompts, names, config) -> list[str]:
     """A completion of each prompt, sampled by its name."""
     texts, how = [], (1, config.max_completion_length, config.temperature, "", config.bf16)
-    for start in range(0, len(prompts), 8 * PAIRS_PER_FORWARD):
-        some = slice(start, start + 8 * PAIRS_PER_FORWARD)
+    for start in range(0, len(prompts), config.eval_rows):
+        some = slice(start, start + config.eval_rows)
         texts += [row[0] for row in write(model, tokenizer, prompts[some], names[some], *how)[1]]
     return texts

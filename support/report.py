@@ -44,9 +44,8 @@ def draw_run(pyplot, run_dir: Path):
     )
     figure, axes = pyplot.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
     for axis, (title, step_key, eval_key) in zip(axes.flat, panels, strict=True):
-        if step_key in steps[0]:
-            x, y = zip(*((s["step"], s[step_key]) for s in steps))
-            axis.plot(x, y, color="0.7", lw=1, label="training batch")
+        if points_of_steps := [(s["step"], s[step_key]) for s in steps if step_key in s]:  # a resumed run may change
+            axis.plot(*zip(*points_of_steps), color="0.7", lw=1, label="training batch")
         if eval_key in evals["start"]:
             mean, low, high = ([p[eval_key][k] for p in points.values()] for k in ("mean", "low", "high"))
             axis.plot(list(points), mean, "o-", color="C0", ms=4, label="held out, 95%")

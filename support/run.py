@@ -170,14 +170,15 @@ class Run:
             print(f"plot {path}")
 
     def _start(self) -> None:
-        """Write the directory's first files; with --resume, restore everything from the checkpoint instead."""
+        """Write the directory's first files; with --resume, restore the rest from the checkpoint."""
         if self.config.resume:
             resume.go_on(self.directory, self.config, self.weights, self.optimizer, self.state)
         elif self.writer:
             write_config(self.directory, self.config, self.data, self.model.device)
-            if self.data.principles:
-                prompt = example_prompt(self.tokenizer, self.data)
-                (self.directory / "prompt.txt").write_text(prompt, encoding="utf-8")
+        if self.writer and self.data.principles:
+            save_principles(self.directory / "principles.jsonl", self.data.principles)
+            prompt = example_prompt(self.tokenizer, self.data)
+            (self.directory / "prompt.txt").write_text(prompt, encoding="utf-8")
         self._enter_the_next_step()
 
     def _enter_the_next_step(self) -> None:
@@ -266,7 +267,7 @@ def choose_directory(config) -> Path:
 
 
 def write_config(directory: Path, config, data: Data, device) -> None:
-    """Write config.json and the principles, and print what a step is.
+    """Write config.json, and print what a step is.
 
     The directory belongs to whoever creates its config.json: of two runs started together the
     second is refused with an InputError.
@@ -287,7 +288,6 @@ def write_config(directory: Path, config, data: Data, device) -> None:
     })
     parts = []
     if data.principles:
-        save_principles(directory / "principles.jsonl", data.principles)
         questions, num, generations = config.num_questions, config.num_principles, config.num_generations
         parts.append(f"{questions} questions x {num} of {len(data.principles)} principles x {generations} completions "
                      f"= {questions * num * generations} completions")

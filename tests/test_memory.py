@@ -11,6 +11,7 @@ from support import memory, tiny
 from support.data import load_data
 from support.errors import InputError
 from support.model import load_model
+from support.preferences import load_pairs
 from support.run import settle
 from support.scoring import token_states
 
@@ -81,7 +82,12 @@ def test_flags_that_are_given_are_kept(loaded, monkeypatch):
         estimate(loaded, "--gradient-checkpointing", "False")
     _, line, config = estimate(loaded, "--gradient-checkpointing", "False", "--micro-batch", "5")
     assert (config.gradient_checkpointing, config.micro_batch) == (False, 5)
-    assert "it may not fit; leave out --micro-batch and --gradient-checkpointing" in line
+    assert "it may not fit; try --lora-rank 16" in line, "nothing else would fit either"
+    monkeypatch.setattr("support.memory.free_memory", lambda device: 0.06e9)
+    _, _, chosen = estimate(loaded, "--num-generations", "16")
+    _, line, _ = estimate(loaded, "--num-generations", "16", "--gradient-checkpointing", "False", "--micro-batch", "256")
+    fits = f"--gradient-checkpointing {chosen.gradient_checkpointing} --micro-batch {chosen.micro_batch} would"
+    assert line.endswith(f"it may not fit; {fits}"), line
 
 
 def test_what_cannot_fit_ends_with_one_line_and_status_2_before_anything_is_written(tmp_path, monkeypatch, capsys):
@@ -158,3 +164,17 @@ def test_free_memory_is_that_of_the_machine_under_the_limits_of_every_cgroup(tmp
 
 def test_free_memory_is_unknown_without_proc(tmp_path):
     assert memory.free_memory(CPU, tmp_path) is None
+
+
+def test_of_pairs_halves_are_tried_and_an_evaluations_sampling_counts(monkeypatch):
+    model, tokenizer = load_model(str(tiny.MODEL_DIR), CPU)
+    config = train.parse(["--preferences", "tiny", "--max-steps", "1", "--num-pairs", "16", "--eval-questions", "256"])
+    settle(config, model, tokenizer)
+    assert memory.choices(config, 16)[:6] == [(False, 32), (False, 16), (False, 8), (False, 4), (False, 2), (True, 16)]
+    data, chosen = load_pairs(model, tokenizer, config), {}
+    for free in (64e9, 0.12e9, 0.04e9):
+        monkeypatch.setattr("support.memory.free_memory", lambda device, free=free: free)
+        chosen[free] = memory.fit(model, data, config)
+    assert chosen[64e9][:2] == (False, 32) and "sampling" in chosen[64e9][2], "256 completions at a time"
+    assert chosen[0.12e9][0] and "sampling" not in chosen[0.12e9][2], "16 of them, as in a step"
+    assert chosen[0.04e9][0] and chosen[0.04e9][1] < chosen[0.12e9][1]

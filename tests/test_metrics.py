@@ -156,6 +156,13 @@ def test_shapes_are_checked(shape):
             function(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("estimator", ["row", "column", "posterior"])
+def test_half_precision_scores_lose_nothing_more(estimator):
+    scores = (8 * torch.randn(64, 4, 4, generator=torch.Generator().manual_seed(0))).bfloat16()
+    found = metrics.information(scores, estimator)
+    assert torch.equal(found, metrics.information(scores.float(), estimator))
+
+
 def test_scores_that_are_not_finite_are_refused():
     for place, function in itertools.product(
         [(0, 1, 1), (0, 1, 2)],
@@ -163,6 +170,9 @@ def test_scores_that_are_not_finite_are_refused():
     ):
         scores = torch.zeros(2, 3, 3)
         scores[place] = float("nan")
+        with pytest.raises(FloatingPointError, match="finite"):
+            function(scores)
+        scores[place] = float("inf")
         with pytest.raises(FloatingPointError, match="finite"):
             function(scores)
     with pytest.raises(ValueError, match="K >= 2"):

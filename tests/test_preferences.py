@@ -96,6 +96,15 @@ def test_a_csv_of_pairs_keeps_every_text_as_it_stands(tmp_path):
     assert (second.prompt, second.chosen, second.answer) == ("a:", " 1", None), "an empty cell is a missing one"
 
 
+def test_a_split_of_a_set_is_read_where_it_is_asked_for(tmp_path):
+    pytest.importorskip("datasets")
+    for split in "train", "test":
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({**OK, "prompt": f"{split}?"}))
+    assert [p.prompt for p in load_preferences(str(tmp_path), split="test")] == ["test?"]
+    flags = ["--preferences", str(tmp_path), "--dataset-train-split", "other", "--output-dir", str(tmp_path / "run")]
+    assert train.main(flags) == 2, "no such split"
+
+
 OK = {"prompt": "a?", "chosen": "b", "rejected": "c"}
 
 

@@ -188,6 +188,19 @@ def test_a_setting_said_again_changes_the_run_from_there_on_and_is_recorded(run,
     assert train.parse(["--resume", str(run)]).learning_rate == 0.001, "a recorded change need not be said twice"
 
 
+def test_other_principles_from_here_on_are_those_in_the_run_s_directory(run, tmp_path):
+    (tmp_path / "other.txt").write_text("Be brief.\nBe long.\n")
+    assert train.main(["--resume", str(run), "--principles", str(tmp_path / "other.txt")]) == 0
+    texts = [json.loads(line)["principle"] for line in (run / "principles.jsonl").read_text().splitlines()]
+    assert texts == ["Be brief.", "Be long."] and "Be brief." in (run / "prompt.txt").read_text()
+
+
+def test_fewer_steps_than_are_done_are_refused(run, one_line):
+    assert train.main(["--resume", str(run), "--max-steps", "2"]) == 2
+    assert "--max-steps: got 2, and " in (error := one_line()) and "is after step 3" in error
+    assert train.parse(["--resume", str(run), "--max-steps", "3"]).max_steps == 3
+
+
 def test_a_reference_that_has_changed_is_refused(run, monkeypatch, one_line):
     load = train.load_model
 
