@@ -12,7 +12,7 @@ The equations, in this file's names (N sequences of at most T tokens, A = advant
 
     normalizer="sequence"   mean over sequences of mean_t(per_token)                 TRL's "grpo"
     normalizer="token"      sum(mask * per_token) / sum(mask)                        TRL's "bnpo"
-    normalizer="constant"   sum(mask * per_token) / (N * max_tokens)                 TRL's "dr_grpo"
+    normalizer="constant"   sum(mask * per_token) / (N * max_tokens)                 TRL's "dr_grpo", ENIGMA's
 
 mean_t is the mean over the tokens of a sequence that the mask selects. With level="sequence" a
 sequence's one term stands at each of its tokens before normalising, so "token" and "constant" weigh
@@ -25,9 +25,9 @@ of a group are equal.
 
 Sources: DeepSeekMath, arXiv 2402.03300, eq. 3 (GRPO); Dr. GRPO, arXiv 2503.20783 (no std, constant
 normaliser); GSPO, arXiv 2507.18071 (sequence ratio); Schulman, "Approximating KL Divergence" (k3).
-Deviations, our choice: the format reward; clip 0.1 on both sides, at both levels; log_ratio and d
-are cut at 20, since exp overflows in float32 at 89, and inf * 0 is a NaN gradient. Past the cut the
-gradient is zero: a ratio of e^20 means a broken run, and stats["ratio_max"] shows it.
+The format reward and the clip of 0.1 on both sides, here at both levels, are ENIGMA's. Our choice:
+log_ratio and d are cut at 20, since exp overflows in float32 at 89, and inf * 0 is a NaN gradient.
+Past the cut the gradient is zero: a ratio of e^20 means a broken run, and stats["ratio_max"] shows it.
 
 To copy: needs torch only. `python -m doctest grpo.py` runs this example of two completions:
 

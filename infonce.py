@@ -8,15 +8,15 @@ principle i. The equations, in this file's names (K = num_candidates):
     symmetric_info_nce = (mean(row) + mean(column)) / 2
     mi_lower_bound     = log(K) - mean(row)
 
-On-policy, log K - mean(row) is the mutual information itself, and the row's expected gradient is 0:
-the row only measures, and the column, or a temperature on the row, moves principles apart.
+On-policy, log K - mean(row) estimates the mutual information without bias, and the row's expected
+gradient is 0: it only measures. The column, or a row temperature above 1, moves principles apart.
 tests/test_infonce.py shows both on channels small enough to enumerate.
 
 Sources: van den Oord et al. 2018, arXiv 1807.03748; SAMI, arXiv 2404.14313 (both directions).
 Deviations: a score is the sum over all tokens of the CoT; SAMI's authors average over tokens, which
 acts as a temperature, and mask the padding token, often the end token too. Their matrix is the
 transpose of ours, so their row is our column. The KL to the start that they add is left to the
-caller, and so is a critic temperature: pass scores / tau.
+caller, and so is a critic temperature: pass scores / tau (below 1 the row moves principles together).
 
 Limits. K = 1: loss 0. -inf off the diagonal, a candidate of probability zero: fine in value and
 gradient. -inf on the diagonal, NaN and +inf raise FloatingPointError.
@@ -76,9 +76,9 @@ def mi_lower_bound(losses, num_candidates):
     """log(num_candidates) - mean(losses): [...] -> 0-dim, nats. Below 0 if worse than chance.
 
     losses: from row_info_nce, over num_candidates = K principles, equally likely; column losses
-    give no bound. An unbiased estimate of the mutual information I(C; Y) where the scores are the
+    give no bound. An unbiased estimate of I(principle; completion) where the scores are the
     sampling distribution's own log-probabilities (summed, same temperature, no top-k, no top-p);
-    with any other critic its expectation is at most I(C; Y). It cannot exceed log K.
+    with any other critic its expectation is at most that. It cannot exceed log K.
     Source: van den Oord et al. 2018.
 
     Raises ValueError if losses is empty, not floating point or not finite, or num_candidates < 1.

@@ -1,4 +1,4 @@
-"""InfoPO and DPO: two preference losses, from two lower bounds on one information.
+"""InfoPO and DPO: two preference losses, from two lower bounds on one divergence.
 
 The equations, in this file's names (N pairs; prompt and chosen ~ p, prompt and rejected ~ q):
 
@@ -63,7 +63,7 @@ def infopo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1
 
     policy_chosen, policy_rejected  [N]  log pi(y | x) of sequence_logp, nats, with gradient
     ref_chosen, ref_rejected        [N]  the same under the reference; constants, detached here
-    beta                                 > 0, reward per nat of log-ratio
+    beta                                 > 0, reward per nat of log-ratio; our trainings have 0.1
 
     loss: 0-dim, mean over pairs. 0 at the reference, negative when all is well, without a lower
     bound. A rejected response of probability zero (-inf) is fine in value and gradient, and shows
@@ -86,11 +86,11 @@ def infopo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1
     # -f_chosen + exp(f_rejected - 1), f = 1 + beta * logratio; past r = 20 exp is its tangent
     f_chosen = 1 + beta * chosen  # [N]
     reward_rejected = beta * rejected  # [N]  f_rejected - 1, which would round twice
-    exp = reward_rejected.clamp(max=MAX_REWARD).exp()  # [N]  the slope, on both sides of the cut
-    tangent = 1 + (reward_rejected - MAX_REWARD).relu()  # [N]  clamp(min=0) has slope 1 at the cut: twice
-    loss = (exp * tangent - f_chosen).mean()  # []
+    slope = reward_rejected.clamp(max=MAX_REWARD).exp()  # [N]  of the loss in the reward, on both sides of the cut
+    tangent = 1 + (reward_rejected - MAX_REWARD).relu()  # [N]  clamp(min=0) would double the slope at the cut
+    loss = (slope * tangent - f_chosen).mean()  # []
     _check_finite("infopo_loss", loss)
-    return loss, _stats(chosen, rejected, beta, weight_rejected=beta * exp)
+    return loss, _stats(chosen, rejected, beta, weight_rejected=beta * slope)
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):

@@ -14,7 +14,7 @@ written under principle i in answer to question n; K principles, n = 1..N.
 
 Matched scores: the completions were sampled from the model that scores them, at the same
 temperature, with no top-k or top-p, and principles are equally likely. Then MI is unbiased for
-I(C; CoT | x) given the K principles of a question (infonce.py). It cannot exceed log K: near that
+I(principle; CoT | question) given the K principles (infonce.py). It cannot exceed log K: near that
 ceiling only more principles can tell more.
 
 SI is clamped once, after all averaging. Information has noise on both sides of 0: if values, or
@@ -69,7 +69,7 @@ def information(scores, estimator: str = "row"):
 class MutualInformation(NamedTuple):
     """In nats, but for the two retrieval shares, whose chance level is 1 / K."""
 
-    row: torch.Tensor  # [] the estimate of I(C; CoT | x)
+    row: torch.Tensor  # [] the estimate of I(principle; CoT | question)
     column: torch.Tensor  # [] no bound, it may exceed the row
     ceiling: float  # log K
     row_retrieval: torch.Tensor  # [] share of completions whose own principle scores them highest

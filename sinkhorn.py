@@ -176,7 +176,7 @@ def _fast(x, y, eps, a, b, max_iter, tol, problems):
         points, half, unit = _scaled(given, weights, eps, tol)  # [B, n, d] and [B, m, d], [B, n] and [B, m]
         potentials = [torch.zeros_like(w) for w in weights]  # [B, n], [B, m]
         gradients = [torch.zeros_like(z) for z in points]  # [B, n, d], [B, m, d]
-        value, infos = 0, []
+        mass, infos = 0, []
         for i, j, factor in problems:
             logits = -half[i][:, :, None] - half[j][:, None, :]  # [B, n, m]
             logits.baddbmm_(points[i], points[j].mT)  # [B, n, m] -C / eps
@@ -185,15 +185,15 @@ def _fast(x, y, eps, a, b, max_iter, tol, problems):
             infos.append(info)
             potentials[i] += factor * u
             potentials[j] += factor * v
-            value = value - factor * (plan.sum(2).sum(1, dtype=torch.float64) - 1)  # [B]
-            # Each side gets factor sum_j P[i, j] (x[i] - y[j]); where both are one cloud, twice that.
+            mass = mass + factor * (plan.sum(2).sum(1, dtype=torch.float64) - 1)  # [B] of P, beyond 1
+            # Point r gets factor sum_s P[r, s] (x[r] - y[s]), its 2 below; in one cloud with itself twice that.
             sides = [(i, 2 * factor, i, plan)] if i == j else [(i, factor, j, plan), (j, factor, i, plan.mT)]
             for k, share, other, p in sides:
                 if given[k].requires_grad:
                     gradients[k].addcmul_(share * p.sum(2, keepdim=True), points[k])
                     gradients[k].baddbmm_(p, points[other], alpha=-share)
         f, g = ((eps * u).reshape(w.shape) for u, w in zip(potentials, (a, b)))  # [..., n], [..., m]
-        value = (a * f).sum(-1) + (b * g).sum(-1) + (eps[:, 0] * value).reshape(batch)  # [...]
+        value = (a * f).sum(-1) + (b * g).sum(-1) - (eps[:, 0] * mass).reshape(batch)  # [...] the dual
         gradients = [g.mul_(2 * unit).reshape(z.shape).to(x.dtype) for g, z in zip(gradients, given)]
     value = _Envelope.apply(value.to(x.dtype), [*gradients, f, g], x, y, a, b)  # [...]
     info = _worst(infos, batch)

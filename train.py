@@ -145,7 +145,7 @@ class Outputs:
 
     logp: torch.Tensor  # [Q, K, G, T] of each token, under the completion's own principle
     states: torch.Tensor  # [Q, n, d] hidden states of the tokens that the Sinkhorn term compares
-    scores: torch.Tensor | None  # [Q, N, K, K] chain of thought of completion i under principle j; None for N = 0
+    scores: torch.Tensor | None  # [Q, N, K, K] CoT i under principle j, of the first N completions of a group; or None
 
 
 @dataclass
@@ -202,9 +202,9 @@ def sample(model, tokenizer, template, tasks: list[Task], num_generations: int, 
 
 
 def read(model, batch: Batch, ot_tokens, config: Config, generations: int = 0) -> Outputs:
-    """Each completion under its own principle; for the scores, `generations` of G under all."""
-    which = config.temperature, generations, ot_tokens
-    outputs = Outputs(*read_completions(model, *batch.completions, *which, **config.how_read))
+    """Each completion under its own principle and, for the scores, the first `generations` of G under all."""
+    how = {"generations": generations, "picked": ot_tokens, **config.how_read}
+    outputs = Outputs(*read_completions(model, *batch.completions, config.temperature, **how))
     check_finite("a hidden state", outputs.states)
     return outputs
 
@@ -225,8 +225,8 @@ def make_targets(model, reference, batch: Batch, rewards: "Rewards", config: Con
 def read_reference(model, reference, batch: Batch, ot_tokens, config: Config):
     """(logp [Q, K, G, T], or None without --beta; states [Q, n, d]) by the frozen reference."""
     with frozen_reference(model, reference) as frozen:
-        which = config.temperature, 0, ot_tokens, config.beta > 0
-        logp, states, _ = read_completions(frozen, *batch.completions, *which, **config.how_read)
+        how = {"generations": 0, "picked": ot_tokens, "own_logp": config.beta > 0, **config.how_read}
+        logp, states, _ = read_completions(frozen, *batch.completions, config.temperature, **how)
     check_finite("a hidden state of the reference", states)
     return logp, states
 
@@ -263,8 +263,8 @@ def reward(question: Question, principle: Principle, text: str) -> float:
 @torch.no_grad()
 def read_scores(model, batch: Batch, config: Config):
     """The scores of all completions, [Q, G, K, K], that --mi-reward computes the information from."""
-    which = config.temperature, batch.tokens.shape[2]
-    return read_completions(model, *batch.completions, *which, **config.how_read)[2]  # [Q, G, K, K]
+    how = {"generations": batch.tokens.shape[2], **config.how_read}
+    return read_completions(model, *batch.completions, config.temperature, **how)[2]  # [Q, G, K, K]
 
 
 def reward_completions(batch: Batch, config: Config, scores=None) -> Rewards:
@@ -291,14 +291,16 @@ def reward_completions(batch: Batch, config: Config, scores=None) -> Rewards:
 
 
 def losses(outputs: Outputs, batch: Batch, targets: Targets, config: Config):
-    """(loss, terms by name), means over questions. A new loss is a function, and a line here."""
+    """(loss, terms by name), means over questions. A new loss is a function, and its lines here."""
     terms = policy_terms(outputs.logp, batch, targets, config)
+    loss = terms["loss_grpo"]  # []
     if config.lambda_mi:
         terms |= information_terms(outputs.scores, config)
+        loss = loss + config.lambda_mi * terms["loss_mi"]  # []
     if config.lambda_ot:
         terms |= drift_terms(outputs.states, targets.reference_states, targets.ot_weights, config)
-    weights = {"loss_grpo": 1.0, "loss_mi": config.lambda_mi, "loss_ot": config.lambda_ot}
-    return sum(weight * terms[name] for name, weight in weights.items() if weight), terms
+        loss = loss + config.lambda_ot * terms["loss_ot"]  # []
+    return loss, terms
 
 
 def policy_terms(logp, batch: Batch, targets: Targets, config: Config) -> dict:
