@@ -99,12 +99,13 @@ def compare_outputs(models, hidden, hidden_elsewhere) -> dict:
         elsewhere = (logits_of(m, h[part].to(m.device)) for m, h in zip(models, hidden_elsewhere))  # [c, V] both
         base_other, trained_other = elsewhere
         logp, logq = trained.log_softmax(-1), base.log_softmax(-1)  # [c, V] both
-        distances = (
-            metrics.fisher_rao(base, trained), (logp.exp() * (logp - logq)).sum(-1),
-            metrics.fisher_rao(base, base_other), metrics.fisher_rao(trained, trained_other),
-        )
-        parts.append(torch.stack(distances).cpu())  # [4, c]
-    return dict(zip(("fisher_rao", "kl", "principle_before", "principle_after"), torch.cat(parts, 1)))  # [n] each
+        before, after = metrics.fisher_rao(base, base_other), metrics.fisher_rao(trained, trained_other)  # [c] both
+        distances = {
+            "fisher_rao": metrics.fisher_rao(base, trained), "kl": (logp.exp() * (logp - logq)).sum(-1),
+            "principle_before": before, "principle_after": after, "principle_change": after - before,
+        }  # [c] each
+        parts.append(torch.stack([*distances.values()]).cpu())  # [5, c]
+    return dict(zip(distances, torch.cat(parts, 1)))  # [n] each
 
 
 def load_pair(config):

@@ -23,7 +23,7 @@ import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from experiments.common import write_lines  # noqa: E402
+from experiments.common import markdown, read_lines, write_lines  # noqa: E402
 from infonce import column_info_nce, row_info_nce  # noqa: E402
 
 MIN_WORDS = 4  # of a chain of thought
@@ -45,7 +45,10 @@ MARKS = {  # principle -> whether a chain of thought shows its mark
     "Ask yourself a question first.": says(r"\A[^.!]*\?"),
     'Use the word "because".': says(r"\bbecause\b"),
     "Use the words first, then and finally.": says(r"(?s)\bfirst\b.*\bthen\b.*\bfinally\b"),
-    "Name a common mistake.": says(r"\b(mistake|misconception|myth|error)s?\b"),
+    "Name a common mistake.": says(  # neither the principle said again nor "There is no common mistake."
+        r"(?s)\A(?!.*\bname (of )?a common mistake)(?!.*\b(no|not|neither)\b[^.,;:!?]*\bmistake)"
+        r".*\b(mistake|misconception|myth|error)s?\b"
+    ),
     'Speak to the reader: use the word "you".': says(r"\byour?\b"),
     'Speak of yourself: use the word "I".': lambda text: bool(re.search(r"\bI\b", text)),
     'Give an example that starts with "For example".': says(r"\bfor example\b"),
@@ -79,6 +82,20 @@ def answers_of(batch) -> list[list[dict]]:
             for p, (text,) in zip(task.principles, row)
         ] for task, row in zip(batch.tasks, batch.texts)
     ]
+
+
+def read_answers(path: Path) -> list[dict]:
+    """The rows that `answers_of` makes, from a file; `follows` by the marks as they are now."""
+    return [row | {"follows": follows(row["principle"], row["text"])} for row in read_lines(path)]
+
+
+def by_principle(principles: list[str], answers: dict[str, list[dict]]) -> str:
+    """A table of the share that follows each principle, a column for each name -> rows."""
+    def share(rows, principle):
+        return f"{statistics.mean(row['follows'] for row in rows if row['principle'] == principle):.2f}"
+
+    rows = [[principle, *(share(some, principle) for some in answers.values())] for principle in principles]
+    return markdown(["principle", *answers], rows)
 
 
 def following(rows: list[dict], before: list[dict] | None = None) -> tuple[float, float]:

@@ -11,15 +11,15 @@ result is in --output-dir, a training resumed at its last checkpoint. Trainings 
 (--jobs), one thread each; DIRECTORY.log shows how one goes. In order:
 
     questions    texts of GSM8K (train) and of one half of TruthfulQA; nothing rewards an answer
-    trainings    each arm on each seed, by the command line of train.py; its evaluations read one
-                 completion of each held-out question under each principle: does it show the mark of
-                 its principle? See reading.py.
+    trainings    each arm (GRPO alone, with the anchor, ENIGMA) on each seed, by the command line of
+                 train.py; its evaluations read one completion of each held-out question under each
+                 principle: does it show the mark of its principle? See reading.py.
     TruthfulQA   mc1 and mc2 on the other half, by the tasks and the scoring of lm-eval
 
-Writes real.json and real.png; prints the means over seeds, each seed beside its own start, and the
-first ten completions to sums. `words` are those of a chain of thought, `short` the share of chains
-of fewer than four. Flags not listed here go to train.py, and win over the arms'.
-experiments/real_studies.py goes on from here.
+Writes real.json and real.png; prints the means over seeds, each seed beside its own start, what an
+arm adds to following, following by principle, and the first ten completions to sums. `words` are
+those of a chain of thought, `short` the share of chains of fewer than four. Flags not listed here go
+to train.py, and win over the arms'. experiments/real_studies.py goes on from here.
 """
 
 import argparse
@@ -49,9 +49,10 @@ from experiments.common import (  # noqa: E402
     training_minutes,
     write_lines,
 )
-from experiments.reading import answers_of, following  # noqa: E402
+from experiments.reading import answers_of, by_principle, following, read_answers  # noqa: E402
 from support.command import parse  # noqa: E402
 from support.data import load_data  # noqa: E402
+from support.files import load_principles  # noqa: E402
 from support.model import load_model  # noqa: E402
 from support.report import write_plot  # noqa: E402
 from support.sampling import write  # noqa: E402
@@ -69,8 +70,10 @@ RECIPE = (  # of every arm
 )
 ARMS = {  # name -> its flags of train.py
     "GRPO": ("--lambda-mi", 0, "--lambda-ot", 0),
+    "OT": ("--lambda-mi", 0, "--lambda-ot", 0.003),  # GRPO and the anchor: what ENIGMA is without information
     "ENIGMA": ("--lambda-mi", 0, "--mi-reward", 1.0, "--lambda-ot", 0.003),  # information as a reward
 }
+BOTH = {name: ARMS[name] for name in ("GRPO", "ENIGMA")}  # what real_studies.py goes on with
 SEEDS = (0, 1, 90210)
 FIGURES = {  # column -> name in eval.json
     "format": "format", "SI": "si", "accuracy": "accuracy", "drift": "sinkhorn", "tokens": "completion_length",
@@ -154,7 +157,7 @@ def ask(args, folder: Path, path: Path, flags) -> list[dict]:
     """The rows of write_completions, from `path` where they are there already; else in a process of its own."""
     if not path.exists():
         run_script(__file__, "--completions", folder, path, *flags)
-    return read_lines(path)
+    return read_answers(path)
 
 
 def write_completions(model_folder: str, path: str, *flags) -> None:
@@ -295,7 +298,7 @@ def run_arm(name: str, seed: int, args, flags, part: str = "both") -> dict:
     found = {}
     for when, folder in (("start", args.model), ("end", run / "final")):
         row = {column: evals[when][key]["mean"] for column, key in FIGURES.items() if key in evals[when]}
-        row["follows"], row["follows_error"] = following(read_lines(run / f"answers-{when}.jsonl"))
+        row["follows"], row["follows_error"] = following(read_answers(run / f"answers-{when}.jsonl"))
         for key, (share, error) in score(args, folder, "start" if when == "start" else run.name).items():
             row |= {key: share, f"{key}_error": error}
         found[when] = row
@@ -342,17 +345,25 @@ def table_by_seed(results: dict) -> str:
     return markdown(["", "seed", *COLUMNS], rows)
 
 
-def gains(args, names, seeds) -> str:
-    """Following of each arm less the start's and less that of the first arm, ± standard error over questions."""
-    def answers(name, seed, when="end"):
-        return read_lines(args.output_dir / f"{name}-{seed}" / f"answers-{when}.jsonl")
+def answers(args, name: str, seed: int, when: str = "end") -> list[dict]:
+    return read_answers(args.output_dir / f"{name}-{seed}" / f"answers-{when}.jsonl")
 
+
+def gains(args, names, seeds) -> str:
+    """Following of each arm less the start's and less that of the arms before it, ± standard error over questions."""
     rows = []
-    for name, seed in itertools.product(names, seeds):
-        before = [answers(name, seed, "start")] + [answers(names[0], seed)] * (name != names[0])
-        cells = ["{:+.2f} ± {:.2f}".format(*following(answers(name, seed), other)) for other in before]
-        rows.append([name, seed, *cells, *[""] * (2 - len(cells))])
-    return markdown(["follows", "seed", "− start", f"− {names[0]}"], rows)
+    for (place, name), seed in itertools.product(enumerate(names), seeds):
+        others = [answers(args, name, seed, "start"), *(answers(args, other, seed) for other in names[:place])]
+        cells = ["{:+.2f} ± {:.2f}".format(*following(answers(args, name, seed), other)) for other in others]
+        rows.append([name, seed, *cells, *[""] * (len(names) - len(cells))])
+    return markdown(["follows", "seed", "− start", *(f"− {name}" for name in names[:-1])], rows)
+
+
+def shares(args, names, seeds) -> str:
+    """Following of each principle, all seeds together, at the start and after each arm."""
+    pooled = {"start": [row for seed in seeds for row in answers(args, names[0], seed, "start")]}
+    pooled |= {name: [row for seed in seeds for row in answers(args, name, seed)] for name in names}
+    return by_principle([principle.text for principle in load_principles(PRINCIPLES)], pooled)
 
 
 def ten_completions(args, runs: dict[str, str]) -> str:
@@ -420,8 +431,8 @@ def main() -> None:
     results = run_arms(args, {name: ARMS[name] for name in args.arms}, args.seeds)
     (args.output_dir / "real.json").write_text(json.dumps(results, indent=1) + "\n")
     runs = {name: f"{name}-{args.seeds[0]}" for name in args.arms}
-    tables = table(results), table_by_seed(results), gains(args, args.arms, args.seeds), ten_completions(args, runs)
-    print(*tables, sep="\n\n")
+    print(table(results), table_by_seed(results), sep="\n\n", end="\n\n")
+    print(*(part(args, args.arms, args.seeds) for part in (gains, shares)), ten_completions(args, runs), sep="\n\n")
     write_plot(args.output_dir / "real.json", lambda pyplot: plot(pyplot, results))
 
 

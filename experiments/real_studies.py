@@ -12,7 +12,8 @@ temperature  Does the papers' own term teach following at the temperature of its
              all, 36 steps on two seeds, beside GRPO alone and ENIGMA; its row and its column apart, once.
 si           Do principles of high SI train better? Nine sets of four from the pool, their SI as far apart as it
              goes: measured by si.py before the training, ENIGMA for 24 steps each. Rank correlations with where
-             the training ends and how steady it is. The sets are chosen by their SI on other questions.
+             the training ends and how steady it is (reward_std and falls are the format's, as the reward
+             holds the information itself). The sets are chosen by their SI on other questions.
 geometry     What moves in the hidden states, layer by layer, under ENIGMA, under GRPO alone, and under a random
              change of every weight matrix as large as ENIGMA's: what chance gives.
 long         Three times as long, 108 steps of both arms, evaluated every 18: following, words, mc2 at the end.
@@ -60,9 +61,13 @@ from support.model import load_model  # noqa: E402
 from support.report import write_plot  # noqa: E402
 
 
-def figures(evals: dict, when: str) -> dict:
-    """Name -> mean of an evaluation's figures."""
-    return {name: value["mean"] for name, value in evals[when].items() if isinstance(value, dict) and "mean" in value}
+def figures(run: Path, when: str) -> dict:
+    """Name -> mean of the figures of a run's evaluation, at the start or the end."""
+    found = json.loads((run / "eval.json").read_text())[when]
+    share, _ = reading.following(reading.read_answers(run / f"answers-{when}.jsonl"))
+    return {name: value["mean"] for name, value in found.items() if isinstance(value, dict) and "mean" in value} | {
+        "follows": share
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -76,7 +81,7 @@ def transfer(args) -> dict:
     trained = {principle.text for principle in load_principles(real.PRINCIPLES)}
     others = [principle.text for principle in load_principles(real.POOL) if principle.text not in trained]
     untrained.write_text("\n".join(others) + "\n")
-    real.run_arms(args, real.ARMS, args.seeds)
+    real.run_arms(args, real.BOTH, args.seeds)
 
     def asked(name, seed):
         """(completions under the other principles, scores of written answers to TruthfulQA) of one model."""
@@ -86,7 +91,7 @@ def transfer(args) -> dict:
         return rows, real.score(args, folder, name if name == "start" else f"{name}-{seed}", "generation")
 
     real.score(args, args.model, "start", "generation")  # the same for each seed
-    jobs = [(name, seed) for seed in args.seeds for name in ("start", *real.ARMS)]
+    jobs = [(name, seed) for seed in args.seeds for name in ("start", *real.BOTH)]
     found = side_by_side(asked, jobs, args.jobs)
     rows, results = [], {}
     for name, seed in jobs:
@@ -99,14 +104,8 @@ def transfer(args) -> dict:
         results[f"{name} {seed}"] = {"follows": (share, error), "change": change, "TruthfulQA": found[name, seed][1]}
     print("Following under principles that were not trained\n")
     print(markdown(["", "seed", "share ± standard error", "− the start's, the same questions"], rows), "\n")
-    rows = []
-    for principle in others:
-        shares = []
-        for name in ("start", *real.ARMS):
-            answers = itertools.chain.from_iterable(found[name, seed][0] for seed in args.seeds)
-            shares.append(statistics.mean(row["follows"] for row in answers if row["principle"] == principle))
-        rows.append([principle, *(f"{share:.2f}" for share in shares)])
-    print(markdown(["untrained principle", "start", *real.ARMS], rows), "\n")
+    pooled = {name: [row for seed in args.seeds for row in found[name, seed][0]] for name in ("start", *real.BOTH)}
+    print(reading.by_principle(others, pooled), "\n")
     columns = list(real.SCORES["generation"])
     rows = [
         [name, seed, *("{:.3f} ± {:.3f}".format(*found[name, seed][1][column]) for column in columns)]
@@ -140,8 +139,8 @@ def temperature(args) -> dict:
             args, GRID_SEED, *infonce_flags(tau, weight), "--max-steps", GRID_STEPS, dataset="choice"
         )
         directory = args.output_dir / f"grid-{tau}-{weight}"
-        evals = run_training(directory, *flags, "--model", args.model, script=reading.script())
-        return {when: figures(evals, when) for when in ("start", "end")}
+        run_training(directory, *flags, "--model", args.model, script=reading.script())
+        return {when: figures(directory, when) for when in ("start", "end")}
 
     def order(job):
         end, start = grid[job]["end"], grid[job]["start"]
@@ -157,7 +156,7 @@ def temperature(args) -> dict:
         print(f"at {tau}: --lambda-mi {chosen[0] * chosen[1]:g}, following {grid[chosen]['end']['follows']:.2f}")
     best = max(grid, key=order)
     seeds = args.seeds[:2]
-    results = real.run_arms(args, real.ARMS | {f"InfoNCE-{best[0]}": infonce_flags(*best)}, seeds)
+    results = real.run_arms(args, real.BOTH | {f"InfoNCE-{best[0]}": infonce_flags(*best)}, seeds)
     halves = side_by_side(
         lambda part: real.run_arm(f"{part}-{best[0]}", seeds[0], args, infonce_flags(*best), part),
         [("row",), ("column",)], args.jobs,
@@ -222,8 +221,9 @@ def si_before_training(args) -> dict:
         evals = run_training(run, *flags, "--model", args.model, script=reading.script())
         steps = read_lines(run / "metrics.jsonl")
         drifts = [step["loss_ot"] for step in steps]
-        before, after = figures(evals, "start"), figures(evals, "end")
-        return si_study.outcomes(evals, steps) | {
+        before, after = figures(run, "start"), figures(run, "end")
+        formats = [step | {"reward": step["format"]} for step in steps]  # the reward holds the information itself
+        return si_study.outcomes(evals, formats) | {
             "follows before": before["follows"], "follows": after["follows"],
             "gain in following": after["follows"] - before["follows"],
             "drift_step": statistics.mean(abs(b - a) for a, b in zip(drifts, drifts[1:])),
@@ -250,6 +250,7 @@ def si_before_training(args) -> dict:
         return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*found)
 
     cells = [[outcome, *(spearman(predictor, outcome) for predictor in PREDICTORS)] for outcome in OUTCOMES]
+    cells[OUTCOMES.index("gain in following")][-1] = ""  # what was there before is in both
     print(f"Spearman over {len(rows)} sets, 95% bootstrap interval over sets\n")
     print(markdown(["", *PREDICTORS], cells))
     write_plot(args.output_dir / "si.json", lambda pyplot: si_plot(pyplot, rows))
@@ -294,7 +295,7 @@ def write_random_change(start: str, trained: str, out: str) -> None:
 
 
 def geometry(args) -> dict:
-    real.run_arms(args, real.ARMS, args.seeds)
+    real.run_arms(args, real.BOTH, args.seeds)
 
     def compared(name, seed):
         result, folder = args.output_dir / f"geometry-{name}-{seed}.json", args.output_dir / f"{name}-{seed}" / "final"
@@ -321,6 +322,7 @@ def geometry(args) -> dict:
     outputs = {
         "fisher_rao": "Fisher-Rao, start to trained", "kl": "KL(trained ‖ start)",
         "principle_before": "Fisher-Rao between principles, start", "principle_after": "the same, trained",
+        "principle_change": "by how much it has grown",
     }
     rows = [
         [title, *(
@@ -360,7 +362,7 @@ def long(args) -> dict:
         found = real.run_arm(f"{name}-long", seed, args, flags)
         return found | {"evals": json.loads((args.output_dir / f"{name}-long-{seed}" / "eval.json").read_text())}
 
-    found = side_by_side(trained, [(name,) for name in real.ARMS], args.jobs)
+    found = side_by_side(trained, [(name,) for name in real.BOTH], args.jobs)
     results = {name: value for (name,), value in found.items()}
     courses = {
         name: {figure: course(value["evals"], figure, LONG_STEPS) for figure in COURSE}

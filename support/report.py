@@ -257,6 +257,7 @@ def print_geometry(summary: dict, config) -> None:
         ("kl", "KL(trained || base), nats per token"),
         ("principle_before", "Fisher-Rao distance from one principle's prompt to another's, base"),
         ("principle_after", "the same, trained"),
+        ("principle_change", "by how much it has grown"),
     ):
         print(f"{cell(summary['outputs'][name], 3):24} {text}")
     print(f"\n{summary['completions']} completions of {config.trained} to {summary['questions']} questions under "

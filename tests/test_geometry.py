@@ -265,6 +265,7 @@ def test_a_model_compared_with_itself_has_not_moved(tmp_path):
     outputs = result["outputs"]
     assert outputs["kl"]["mean"] == 0 == outputs["fisher_rao"]["mean"]
     assert outputs["principle_before"] == outputs["principle_after"] and outputs["principle_before"]["mean"] > 0
+    assert outputs["principle_change"] == {"mean": 0, "low": 0, "high": 0}, "an interval of differences, not of levels"
 
 
 @pytest.mark.parametrize(

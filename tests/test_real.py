@@ -1,6 +1,7 @@
 """The benchmark on a real model: marks of principles, halves of TruthfulQA, the model's folder."""
 
 import hashlib
+import json
 
 import pytest
 
@@ -34,6 +35,25 @@ def test_each_principle_of_the_pool_has_a_mark_that_is_found():
     for principle, (yes, no) in SHOWS.items():
         assert reading.follows(principle, f"<reasoning>{yes}</reasoning><answer>5</answer>"), principle
         assert not reading.follows(principle, f"<reasoning>{no}</reasoning><answer>5</answer>"), principle
+
+
+@pytest.mark.parametrize("text, found", [
+    ("The answer is 1, but no. A common mistake is 2.", True), ("A mistake that is not rare is 6.", True),
+    ("Well, name a common mistake: it is 6.", False), ("There is no common mistake.", False),
+    ("Not a common mistake, but 5.", False), ("First, neither is a mistake.", False),
+])
+def test_a_mistake_is_named_where_the_principle_is_not_just_repeated_or_denied(text, found):
+    assert reading.follows("Name a common mistake.", f"<reasoning>{text}</reasoning>") == found
+
+
+def test_stored_answers_are_read_by_the_marks_as_they_are_now(tmp_path):
+    rows = [{"question": "1?", "principle": "Name a common mistake.", "text": text, "follows": True} for text in (
+        "<reasoning>There is no common mistake.</reasoning>", "<reasoning>A common mistake is 6.</reasoning>")]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = reading.read_answers(tmp_path / "answers.jsonl")
+    assert [row["follows"] for row in found] == [False, True]
+    table = reading.by_principle(["Name a common mistake."], {"start": rows, "end": found})
+    assert table.splitlines()[-1] == "| Name a common mistake. | 1.00 | 0.50 |"
 
 
 def test_the_mark_is_looked_for_in_a_reasoning_of_some_words():

@@ -118,7 +118,7 @@ def test_train_reading_adds_its_figures_its_completions_and_one_half_of_the_loss
     assert reading.train_reading("row", [*flags, "--mi-temperature", "5", "--output-dir", str(tmp_path / "run")]) == 0
     evals = json.loads((tmp_path / "run" / "eval.json").read_text())
     for when in ("start", "end"):
-        assert {"follows", "words", "distinct_words", "short_chains", "format"} <= set(real_studies.figures(evals, when))
+        assert {"follows", "words", "distinct_words", "short_chains", "format"} <= set(real_studies.figures(tmp_path / "run", when))
         answers = common.read_lines(tmp_path / "run" / f"answers-{when}.jsonl")
         assert len(answers) == 4 and answers[0]["text"] == evals[when]["example"]["completion"]
         assert reading.following(answers)[0] == evals[when]["follows"]["mean"]
@@ -165,13 +165,15 @@ def faked(tmp_path, monkeypatch):
         done.append((directory.name, [str(flag) for flag in flags], script[1:]))
         directory.mkdir(exist_ok=True)
         weight = float(flags[flags.index("--lambda-mi") + 1])
-        steps = [{"reward": n % 3, "grad_norm": 1.0, "loss_ot": n} for n in range(4)]
+        steps = [{"reward": n % 3, "format": n % 2, "grad_norm": 1.0, "loss_ot": n} for n in range(4)]
         common.write_lines(directory / "metrics.jsonl", steps)
-        for when in ("start", "end"):
+        principles = [principle.text for principle in load_principles(real.PRINCIPLES)]
+        for when, share in (("start", 0.3), ("end", 0.5 + weight / 10)):
             common.write_lines(directory / f"answers-{when}.jsonl", [
-                {"question": f"q{n}", "principle": "a", "text": "text | bar", "follows": n % 2 == 0} for n in range(4)
+                {"question": f"q{n}", "principle": principle, "text": "Let us | because I mistake" if n < 40 * share else "bar"}
+                for n in range(40) for principle in principles
             ])
-        evals = {"start": evaluation(0.3), "end": evaluation(0.5 + weight / 10), "steps": {"18": evaluation(0.4)}}
+        evals = {"start": evaluation(0.3), "end": evaluation(0.5), "steps": {"18": evaluation(0.4)}}
         (directory / "eval.json").write_text(json.dumps(evals))
         return evals
 
@@ -198,7 +200,8 @@ def faked(tmp_path, monkeypatch):
         elif arguments[0] == "geometry.py":
             layer = dict(rank_before=10, rank_after=12, linear_cka=0.9, sinkhorn=1, scale=2, drift_in_span=0.2, random_span=0.1,
                          between_within_before=0.1, between_within_after=0.2)
-            outputs = {name: {"mean": 0.1} for name in ("fisher_rao", "kl", "principle_before", "principle_after")}
+            outputs = {name: {"mean": 0.1} for name in
+                       ("fisher_rao", "kl", "principle_before", "principle_after", "principle_change")}
             summary = json.dumps({"layers": [layer] * 31, "outputs": outputs})
             (tmp_path / arguments[arguments.index("--json") + 1]).write_text(summary)
         return ""
