@@ -9,7 +9,7 @@ transfer     Does it show where nobody rewarded it? Following under the principl
 temperature  Does the papers' own term teach following at the temperature of its text? The InfoNCE loss without
              any information in the reward: TEMPERATURES x WEIGHTS for 18 steps, on a seed and on questions that
              are not reported; the weight with the most following, the format not below the start's. The best of
-             all, 36 steps on two seeds, beside GRPO alone and ENIGMA; its row and its column apart, once.
+             all, 36 steps on two seeds, beside GRPO alone and ENIGMA; and in the grid its row and column apart.
 si           Do principles of high SI train better? Nine sets of four from the pool, their SI as far apart as it
              goes: measured by si.py before the training, ENIGMA for 24 steps each. Rank correlations with where
              the training ends and how steady it is (reward_std and falls are the format's, as the reward
@@ -134,12 +134,12 @@ def infonce_flags(temperature: float, weight: float) -> tuple:
 
 
 def temperature(args) -> dict:
-    def tried(tau, weight):
+    def tried(tau, weight, part="both"):
         flags = real.flags_of(
             args, GRID_SEED, *infonce_flags(tau, weight), "--max-steps", GRID_STEPS, dataset="choice"
         )
-        directory = args.output_dir / f"grid-{tau}-{weight}"
-        run_training(directory, *flags, "--model", args.model, script=reading.script())
+        directory = args.output_dir / f"grid-{tau}-{weight}{'' if part == 'both' else f'-{part}'}"
+        run_training(directory, *flags, "--model", args.model, script=reading.script(part))
         return {when: figures(directory, when) for when in ("start", "end")}
 
     def order(job):
@@ -147,23 +147,23 @@ def temperature(args) -> dict:
         return end["format"] >= start["format"], end["follows"]
 
     grid = side_by_side(tried, list(itertools.product(TEMPERATURES, WEIGHTS)), args.jobs)
-    columns = ("format", "follows", "si", "sinkhorn", "completion_length", "words")
-    rows = [["", "start", *(f"{next(iter(grid.values()))['start'][c]:.2f}" for c in columns)]]
-    rows += [[tau, round(tau * w, 6), *(f"{row['end'][c]:.2f}" for c in columns)] for (tau, w), row in grid.items()]
-    print(markdown(["temperature", "--lambda-mi", *columns], rows), "\n")
-    for tau in TEMPERATURES:
-        chosen = max((job for job in grid if job[0] == tau), key=order)
-        print(f"at {tau}: --lambda-mi {chosen[0] * chosen[1]:g}, following {grid[chosen]['end']['follows']:.2f}")
     best = max(grid, key=order)
     seeds = args.seeds[:2]
     results = real.run_arms(args, real.BOTH | {f"InfoNCE-{best[0]}": infonce_flags(*best)}, seeds)
-    halves = side_by_side(
-        lambda part: real.run_arm(f"{part}-{best[0]}", seeds[0], args, infonce_flags(*best), part),
-        [("row",), ("column",)], args.jobs,
-    )
-    results |= {f"its {part} alone": {seeds[0]: found["end"]} for (part,), found in halves.items()}
-    print("", real.table(results), real.table_by_seed(results), sep="\n\n")
-    return {"grid": list(grid.items()), "best": best, "rows": results}
+    halves = side_by_side(tried, [(*best, "row"), (*best, "column")], args.jobs)
+    columns = ("format", "follows", "si", "sinkhorn", "completion_length", "words")
+    rows = [["", "", "start", *(f"{grid[best]['start'][c] + 0.0:.2f}" for c in columns)]]
+    rows += [
+        [tau, f"{tau * weight:g}", *part, *(f"{row['end'][c] + 0.0:.2f}" for c in columns)]
+        for (tau, weight, *part), row in ({(*job, ""): row for job, row in grid.items()} | halves).items()
+    ]
+    print(markdown(["temperature", "--lambda-mi", "", *columns], rows), "\n")
+    for tau in TEMPERATURES:
+        chosen = max((job for job in grid if job[0] == tau), key=order)
+        print(f"at {tau}: --lambda-mi {chosen[0] * chosen[1]:g}, following {grid[chosen]['end']['follows']:.2f}")
+    names = list(results)[1:]
+    print("", real.table(results), real.table_by_seed(results), real.gains(args, names, seeds), sep="\n\n")
+    return {"grid": list(grid.items()), "halves": list(halves.items()), "best": best, "rows": results}
 
 
 # --------------------------------------------------------------------------------------------------
