@@ -331,3 +331,15 @@ def test_encode_prompts_is_what_the_template_encodes():
     tokenizer = tokenizer_with(TURNS + OPEN)
     template = PromptTemplate((Example(**EXAMPLE),), "<reasoning>")
     assert template.encode(tokenizer, [("a?", "b")]) == encode_prompts(tokenizer, template.messages([("a?", "b")]), None, "<reasoning>")
+
+
+def test_the_embedded_task_is_evaluated_on_what_training_never_sees():
+    model = load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    read = load_data(*model, train.parse(["--principles", PRINCIPLES, "--eval-questions", "8"]))
+    assert read.held_out == tiny.make_questions(8, True) and not set(read.questions) & set(read.held_out)
+    flags = "--preferences tiny --num-pairs 8 --max-steps 1 --eval-questions 8".split()
+    pairs = load_pairs(*model, train.parse(flags))
+    trained, held_out = (set(map(tuple, side.prompts)) for side in (pairs.pairs, pairs.held_out_pairs))
+    assert held_out and not trained & held_out
+    asked = SimpleNamespace(dataset=None, num_questions=8, seed=0, max_completion_length=64)
+    assert pick_questions(*model, ["p"], PromptTemplate(), asked) == tiny.make_questions(8, True)

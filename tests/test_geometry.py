@@ -13,6 +13,7 @@ import transformers
 import geometry
 import metrics
 from support import tiny
+from support.logits import logits_of
 from support.model import load_model
 from support.scoring import token_states
 
@@ -297,3 +298,30 @@ def test_a_model_of_another_shape_is_refused(tmp_path, capsys):
     tiny.make_tokenizer().save_pretrained(tmp_path)
     assert geometry.main(["--base", "tiny", "--trained", str(tmp_path), "--principles", PRINCIPLES]) == 2
     assert "another shape" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ which is which
+
+
+def test_before_is_the_base_and_after_the_trained():
+    base, trained = noise(60, 5), noise(60, 5, seed=1) * torch.linspace(0.1, 3, 5)
+    labels = torch.arange(60) % 4
+    row, directions = geometry.compare_layer(base, trained, labels, 4), []
+    for when, x in (("before", base), ("after", trained)):
+        directions.append(metrics.centred(metrics.principle_means(x, labels, 4)))
+        assert math.isclose(row[f"rank_{when}"], metrics.effective_rank(x), rel_tol=1e-6)
+        assert math.isclose(row[f"angle_{when}"], metrics.mean_angle(directions[-1]), rel_tol=1e-6)
+        assert math.isclose(row[f"between_within_{when}"], metrics.between_to_within(x, labels, 4), rel_tol=1e-6)
+    assert math.isclose(row["drift_in_span"], metrics.share_in_span(trained - base, directions[0])[0], rel_tol=1e-6)
+
+
+@torch.no_grad()
+def test_the_kl_is_from_trained_to_base_and_a_change_is_after_less_before():
+    model, _ = load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    hidden, elsewhere = ([noise(7, 128, seed=s).float() for s in seeds] for seeds in ((0, 1), (2, 3)))
+    found = geometry.compare_outputs((model, model), hidden, elsewhere)
+    base, trained, base_other, trained_other = (logits_of(model, h) for h in (*hidden, *elsewhere))
+    p, q = trained.log_softmax(-1), base.log_softmax(-1)
+    torch.testing.assert_close(found["kl"], (p.exp() * (p - q)).sum(-1))
+    change = metrics.fisher_rao(trained, trained_other) - metrics.fisher_rao(base, base_other)
+    torch.testing.assert_close(found["principle_change"], change)

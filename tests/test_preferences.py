@@ -271,7 +271,7 @@ def test_the_loss_at_the_start(tiny_model, name, at_start, chosen_pull):
 # ------------------------------------------------------------------------------------------------ training
 
 
-FLAGS = "--num-pairs 6 --max-steps 3 --eval-questions 4 --eval-steps 1 --warmup-steps 1 --max-completion-length 16".split()
+FLAGS = "--temperature 0.7 --num-pairs 6 --max-steps 3 --eval-questions 4 --eval-steps 1 --warmup-steps 1 --max-completion-length 16".split()
 
 
 def test_accumulation_over_pairs_changes_nothing(tiny_model):

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 import train
-from support import checkpoint
+from support import checkpoint, resume
 from support.errors import InputError
 from support.run import Run
+from support.settings import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -172,6 +173,15 @@ def test_a_changed_file_is_refused_by_name_unless_it_is_said(run, flags):
         train.parse(["--resume", str(run), "--principles", str(principles)])
     finally:
         principles.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["principles", "preferences", "dataset", "examples"])
+def test_a_file_is_known_by_its_content(name, tmp_path):
+    found = set()
+    for content in "ab":
+        (tmp_path / "file").write_text(content)
+        found.add(resume.fingerprint(Config(**{name: str(tmp_path / "file")}))[name])
+    assert len(found) == 2
 
 
 def test_a_setting_said_again_changes_the_run_from_there_on_and_is_recorded(run, never_stopped, capsys):

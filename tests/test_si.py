@@ -485,3 +485,29 @@ def test_help_and_missing_flags(capsys):
     with pytest.raises(SystemExit) as stop:
         si.main(["--help"])
     assert stop.value.code == 0 and "--num-questions" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ what the flags reach
+
+
+def test_the_temperature_is_that_of_sampling_and_of_scores(tiny_model):
+    cold, drawn = config("--temperature", "0.001", "--max-completion-length", "16"), torch.tensor([[0, 1], [0, 1]])
+    given = make_template(cold), tiny.principles()[:2], tiny.make_questions(2, True), drawn, cold
+    (first, scores), (second, _) = (si.measure(*tiny_model, *given, name) for name in "ab")
+    assert first == second and scores.diagonal(dim1=1, dim2=2).min() > -0.1
+
+
+def test_a_selection_names_members_of_its_pool_and_is_measured_on_the_other_half():
+    scores = torch.zeros(5, 4, 4)  # three questions tell 1 from 3, the two between them 0 from 2
+    for part, members in ((slice(0, None, 2), (1, 3)), (slice(1, None, 2), (0, 2))):
+        for i in members:
+            scores[part, i, i] = 50.0
+    found = si.summarise_selection(scores, [2, 4, 5, 7], tiny.principles(), 2)
+    assert found["indices"] == [4, 7] and found["ids"] == [tiny.principles()[i].id for i in (4, 7)]
+    assert abs(found["si_other_half"]) < 1e-6, "measured on the half it was chosen on"
+
+
+def test_of_a_large_pool_the_best_are_measured_again(run, monkeypatch):
+    monkeypatch.setattr("si.PER_QUESTION", 3)
+    result = run("--principles", PRINCIPLES, "--num-questions", "6", "--max-completion-length", "16", "--select", "2")
+    assert result["selection"]["pool"] == sorted(row["index"] for row in result["principles"][:4])

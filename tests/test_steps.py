@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -11,7 +12,7 @@ import transformers
 import train
 from support.errors import InputError, NotFinite
 from support.settings import Config
-from support.steps import COUNTS, LARGEST, SMALLEST, backward, combine, learning_rates
+from support.steps import COUNTS, LARGEST, SMALLEST, backward, batch_figures, combine, descend, learning_rates
 
 PRINCIPLES = str(Path(__file__).resolve().parent.parent / "principles" / "reasoning.txt")
 SCHEDULES = get_args(Config.__dataclass_fields__["lr_scheduler_type"].type)
@@ -68,3 +69,19 @@ def test_a_term_that_is_not_finite_is_named():
         backward(loss, {"items": 1, "loss_new": loss, "loss_grpo": torch.tensor(0.0)}, 1.0)
     with pytest.raises(NotFinite, match="the loss is nan"):
         backward(loss, {"items": 1}, 1.0)
+
+
+def test_a_larger_gradient_is_scaled_down_and_then_cleared():
+    model = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    figures = descend(model, torch.optim.SGD(model.parameters(), lr=9.0), [{"items": 1}], 0.5, 2.5)
+    assert figures["grad_norm"] == pytest.approx(5)
+    assert model.weight[0].tolist() == pytest.approx([-0.75, -1.0]) and model.weight.grad is None
+
+
+def test_groups_of_one_reward_are_counted():
+    values = torch.tensor([[[1.0, 1.0], [0.0, 1.0]], [[0.0, 0.0], [0.5, 0.5]]])  # [Q, K, G]: three of four
+    ones = torch.ones(2, 2, 2)  # [Q, K, G]
+    batch = SimpleNamespace(tasks=[0, 1], mask=ones[..., None].bool(), truncated=ones, entropy=ones)
+    assert batch_figures(batch, SimpleNamespace(values=values))["zero_variance_groups"] == 0.75

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 import grpo
 import train
 from support import tiny
+from support.answers import answer_is_right
 from support.model import load_model
 from support.prompts import PromptTemplate, build_messages
 from support.run import settle
-from support.steps import Step
+from support.steps import Step, gather_evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
 PRINCIPLES = str(ROOT / "principles" / "reasoning.txt")
@@ -393,12 +394,90 @@ def test_own_questions_without_answers_train_too(tmp_path):
     assert "accuracy" not in json.loads((tmp_path / "run" / "eval.json").read_text())["end"]
 
 
+# ------------------------------------------------------------------------------------------------ what the flags reach
+
+
+def test_the_temperature_is_that_of_sampling_of_the_reference_and_of_the_reward(tiny_model):
+    cold = make_batch(tiny_model, make_config("--temperature", "0.001", "--num-generations", "4"))[0]
+    assert all(len(set(texts)) == 1 for row in cold.texts for texts in row), "near 0 a group is its likeliest text"
+    config = make_config("--temperature", "0.7", "--beta", "0.1")
+    batch, _, targets = make_batch(tiny_model, config)
+    with torch.no_grad():
+        now = train.read(tiny_model[0], batch, targets.ot_tokens, config, 2)
+    torch.testing.assert_close(targets.reference_logp, now.logp, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(train.read_scores(tiny_model[0], batch, config), now.scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags, given", [
+    ("--beta 0.5", {"beta": 0.5}), ("--epsilon 0.3", {"clip_low": 0.3, "clip_high": 0.3}),
+    ("--epsilon 0.3 --epsilon-high 0.2", {"clip_low": 0.3, "clip_high": 0.2}),
+    ("--loss-type grpo", {"normalizer": "sequence"}), ("--importance-sampling-level token", {"level": "token"}),
+])
+def test_the_policy_loss_gets_what_the_flags_say(flags, given, tiny_model, monkeypatch):
+    config, seen, loss = make_config(*flags.split()), [], grpo.grpo_loss
+    batch, _, targets = make_batch(tiny_model, config)
+    monkeypatch.setattr(train, "grpo_loss", lambda *args, **how: seen.append(how) or loss(*args, **how))
+    losses_of(tiny_model[0], batch, targets, config)
+    assert seen and all(given.items() <= how.items() for how in seen)
+
+
+def test_scaled_rewards_are_divided_by_the_spread_of_their_group(tiny_model):
+    _, earned, _ = make_batch(tiny_model, make_config("--scale-rewards", "group", "--num-generations", "6"))
+    assert earned.values.std(-1).any()
+    torch.testing.assert_close(earned.advantages, grpo.group_advantages(earned.values, "std"))
+
+
+def test_the_information_term_takes_its_temperature_and_its_generations(tiny_model):
+    scores = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    terms = train.information_terms(scores, make_config("--mi-temperature", "2"))
+    torch.testing.assert_close(terms["loss_mi"], train.symmetric_info_nce(scores / 2))
+    torch.testing.assert_close(terms["mi_row"], train.information(scores.flatten(0, 1)).mean())  # not divided
+    config, step = make_config("--num-generations", "3", "--mi-generations", "1"), Step()
+    batch, _, targets = make_batch(tiny_model, config)
+    model = copy.deepcopy(tiny_model[0])
+    train.update(model, torch.optim.SGD(model.parameters()), batch, targets, step, config)
+    assert torch.cat(step.scores).shape == (2, 1, 2, 2)
+
+
+def test_padding_has_no_share_in_the_drift(tiny_model):
+    config = make_config("--ot-tokens", "100000", "--ot-eps", "1")
+    batch, _, targets = make_batch(tiny_model, config)
+    kept = targets.ot_weights > 0  # [Q, n]
+    assert not kept.all()
+    with torch.no_grad():
+        states = train.read(moved(tiny_model[0]).float(), batch, targets.ot_tokens, config).states  # [Q, n, d]
+    value, _ = train.drift(states, targets.reference_states, targets.ot_weights, config)
+    for q, keep in enumerate(kept):
+        x, y = states[q, keep], targets.reference_states[q, keep]
+        alone, _ = train.sinkhorn_divergence(x, y, train.relative_eps(x, y, 1.0))
+        torch.testing.assert_close(value[q], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_an_evaluation_has_the_figures_of_its_completions(tiny_model):
+    (model, tokenizer), config = tiny_model, make_config(
+        "--max-completion-length", "48", "--num-questions", "6", "--num-principles", "3")
+    tasks = train.draw(tiny.make_questions(50, False), tiny.principles(), config, 0)
+    values, _ = train.evaluate_tasks(model, moved(model).float(), tokenizer, PromptTemplate(), tasks, config)
+    batch = train.sample(model, tokenizer, PromptTemplate(), tasks, 1, config)  # the same names: the same texts
+    scores = train.read_scores(model, batch, config)[:, 0]  # [Q, K, K]
+    for name, dim in (("mi_row", 2), ("mi_column", 1)):
+        own = scores.log_softmax(dim).diagonal(dim1=1, dim2=2).mean(1)  # [Q]
+        torch.testing.assert_close(values[name], math.log(3) + own, rtol=1e-3, atol=1e-3)
+    right = [[answer_is_right(text, task.question.answer) for (text,) in row] for task, row in zip(tasks, batch.texts)]
+    torch.testing.assert_close(values["accuracy"], torch.tensor(right).float().mean(1))
+    assert values["accuracy"].any() and (values["sinkhorn"] > 0.01).all()
+    si = gather_evaluation([(values, {})], 3)["si"]["mean"]
+    assert math.isclose(si, max(0.0, values["mi_row"].mean().item()) / math.log(3), rel_tol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------ another reward
 
 
 def test_a_completion_that_was_cut_earns_nothing(tiny_model):
     batch, rewards, _ = make_batch(tiny_model, make_config("--max-completion-length", "12", "--num-generations", "8"))
-    assert batch.truncated.any() and not rewards.values[batch.truncated].any()
+    assert not rewards.values[batch.truncated].any()
+    cut = [batch.texts[q][k][g] for q, k, g in batch.truncated.nonzero().tolist()]
+    assert any(map(grpo.format_reward, cut)), "one that would have earned it"
 
 
 def test_information_as_a_reward_is_earned_by_well_formed_completions_alone(tiny_model):
