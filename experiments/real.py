@@ -290,15 +290,19 @@ def flags_of(args, seed: int, *more, dataset: str = "all") -> list:
     return [*files, *PROMPT, *RECIPE, *more, *args.extra]
 
 
-def run_arm(name: str, seed: int, args, flags, part: str = "both") -> dict:
+def answers(args, name: str, seed: int, when: str = "end") -> list[dict]:
+    return read_answers(args.output_dir / f"{name}-{seed}" / f"answers-{when}.jsonl")
+
+
+def run_arm(name: str, seed: int, args, flags) -> dict:
     """{"start": measures, "end": measures} of one arm on one seed, trained where that is not done."""
     run = args.output_dir / f"{name}-{seed}"
     flags = flags_of(args, seed, *flags)
-    evals = run_training(run, *flags, "--model", args.model, script=reading.script(part))
+    evals = run_training(run, *flags, "--model", args.model, script=reading.script())
     found = {}
     for when, folder in (("start", args.model), ("end", run / "final")):
         row = {column: evals[when][key]["mean"] for column, key in FIGURES.items() if key in evals[when]}
-        row["follows"], row["follows_error"] = following(read_answers(run / f"answers-{when}.jsonl"))
+        row["follows"], row["follows_error"] = following(answers(args, name, seed, when))
         for key, (share, error) in score(args, folder, "start" if when == "start" else run.name).items():
             row |= {key: share, f"{key}_error": error}
         found[when] = row
@@ -343,10 +347,6 @@ def table_by_seed(results: dict) -> str:
         for name, by_seed in results.items() if name != "start" for seed, row in by_seed.items()
     ]
     return markdown(["", "seed", *COLUMNS], rows)
-
-
-def answers(args, name: str, seed: int, when: str = "end") -> list[dict]:
-    return read_answers(args.output_dir / f"{name}-{seed}" / f"answers-{when}.jsonl")
 
 
 def gains(args, names, seeds) -> str:

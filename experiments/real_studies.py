@@ -61,13 +61,11 @@ from support.model import load_model  # noqa: E402
 from support.report import write_plot  # noqa: E402
 
 
-def figures(run: Path, when: str) -> dict:
-    """Name -> mean of the figures of a run's evaluation, at the start or the end."""
-    found = json.loads((run / "eval.json").read_text())[when]
+def figures(run: Path, evals: dict, when: str) -> dict:
+    """Name -> mean of the figures of a run's evaluation, at the start or the end; follows by the present marks."""
+    means = {name: value["mean"] for name, value in evals[when].items() if isinstance(value, dict) and "mean" in value}
     share, _ = reading.following(reading.read_answers(run / f"answers-{when}.jsonl"))
-    return {name: value["mean"] for name, value in found.items() if isinstance(value, dict) and "mean" in value} | {
-        "follows": share
-    }
+    return means | {"follows": share}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -139,8 +137,8 @@ def temperature(args) -> dict:
             args, GRID_SEED, *infonce_flags(tau, weight), "--max-steps", GRID_STEPS, dataset="choice"
         )
         directory = args.output_dir / f"grid-{tau}-{weight}{'' if part == 'both' else f'-{part}'}"
-        run_training(directory, *flags, "--model", args.model, script=reading.script(part))
-        return {when: figures(directory, when) for when in ("start", "end")}
+        evals = run_training(directory, *flags, "--model", args.model, script=reading.script(part))
+        return {when: figures(directory, evals, when) for when in ("start", "end")}
 
     def order(job):
         end, start = grid[job]["end"], grid[job]["start"]
@@ -221,7 +219,7 @@ def si_before_training(args) -> dict:
         evals = run_training(run, *flags, "--model", args.model, script=reading.script())
         steps = read_lines(run / "metrics.jsonl")
         drifts = [step["loss_ot"] for step in steps]
-        before, after = figures(run, "start"), figures(run, "end")
+        before, after = figures(run, evals, "start"), figures(run, evals, "end")
         formats = [step | {"reward": step["format"]} for step in steps]  # the reward holds the information itself
         return si_study.outcomes(evals, formats) | {
             "follows before": before["follows"], "follows": after["follows"],

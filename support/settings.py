@@ -243,7 +243,5 @@ class Config(DatasetConfig):
     @property
     def eval_rows(self) -> int:
         """Completions sampled together in an evaluation; as in a step if memory is short."""
-        in_step = self.num_pairs
-        if not self.preferences:
-            in_step = self.num_questions * self.num_principles * self.num_generations
-        return min(256, in_step) if self.gradient_checkpointing else 256
+        completions = self.num_questions * self.num_principles * self.num_generations
+        return min(256, self.num_pairs if self.preferences else completions) if self.gradient_checkpointing else 256

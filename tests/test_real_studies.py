@@ -118,7 +118,7 @@ def test_train_reading_adds_its_figures_its_completions_and_one_half_of_the_loss
     assert reading.train_reading("row", [*flags, "--mi-temperature", "5", "--output-dir", str(tmp_path / "run")]) == 0
     evals = json.loads((tmp_path / "run" / "eval.json").read_text())
     for when in ("start", "end"):
-        assert {"follows", "words", "distinct_words", "short_chains", "format"} <= set(real_studies.figures(tmp_path / "run", when))
+        assert {"follows", "words", "distinct_words", "short_chains", "format"} <= set(real_studies.figures(tmp_path / "run", evals, when))
         answers = common.read_lines(tmp_path / "run" / f"answers-{when}.jsonl")
         assert len(answers) == 4 and answers[0]["text"] == evals[when]["example"]["completion"]
         assert reading.following(answers)[0] == evals[when]["follows"]["mean"]
