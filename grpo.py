@@ -136,7 +136,7 @@ def grpo_loss(
         clip_fraction  share where the clipped branch is chosen: no policy gradient
         approx_kl      k3 for KL(old policy || policy), nats per token
         kl             k3 for KL(policy || reference), nats per token; only with ref_logp
-    The last two are inf where a token is impossible under logp or ref_logp.
+    approx_kl is inf where logp is -inf at a token, kl where ref_logp is, and NaN where both are.
 
     Half precision is computed in float32. Raises ValueError for other shapes, dtypes or options, N
     or T of 0, beta > 0 without ref_logp, and "constant" without max_tokens; FloatingPointError for

@@ -88,4 +88,4 @@ def mi_lower_bound(losses, num_candidates):
         raise ValueError(f"mi_lower_bound: expected floating point losses, finite and not empty, got {got}")
     if not 1 <= num_candidates < math.inf:
         raise ValueError(f"mi_lower_bound: expected num_candidates >= 1, got {num_candidates}")
-    return math.log(num_candidates) - losses.mean()  # []
+    return math.log(num_candidates) - losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()  # []

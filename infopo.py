@@ -77,8 +77,8 @@ def infopo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1
         weight_rejected                     beta * exp(min(reward_rejected, 20)), of the gradient
 
     Raises ValueError for other shapes or dtypes, N = 0, and a beta not positive and finite;
-    FloatingPointError for a loss that is not finite: of a chosen response of probability zero, or
-    of NaN.
+    FloatingPointError for a loss that is not finite, or a chosen response's log-ratio: of probability
+    zero under policy or reference, or of NaN.
     """
     tensors = (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     chosen, rejected = _log_ratios("infopo_loss", tensors, beta)  # [N], [N]
@@ -89,7 +89,7 @@ def infopo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1
     slope = reward_rejected.clamp(max=MAX_REWARD).exp()  # [N]  of the loss in the reward, on both sides of the cut
     tangent = 1 + (reward_rejected - MAX_REWARD).relu()  # [N]  clamp(min=0) would double the slope at the cut
     loss = (slope * tangent - f_chosen).mean()  # []
-    _check_finite("infopo_loss", loss)
+    _check_finite("infopo_loss", loss, chosen)
     return loss, _stats(chosen, rejected, beta, weight_rejected=beta * slope)
 
 
@@ -105,7 +105,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1)
     chosen, rejected = _log_ratios("dpo_loss", tensors, beta)  # [N], [N]
     margin = beta * (chosen - rejected)  # [N]
     loss = -torch.nn.functional.logsigmoid(margin).mean()  # []
-    _check_finite("dpo_loss", loss)
+    _check_finite("dpo_loss", loss, chosen)
     return loss, _stats(chosen, rejected, beta, weight_rejected=beta * torch.sigmoid(-margin))
 
 
@@ -146,9 +146,12 @@ def _log_ratios(name, tensors, beta):
     return policy_chosen - ref_chosen.detach(), policy_rejected - ref_rejected.detach()  # [N], [N]
 
 
-def _check_finite(name, loss):
-    if not loss.isfinite():  # NaN must not train on
-        raise FloatingPointError(f"{name}: expected finite log-probabilities, got a loss of {loss.item()}")
+def _check_finite(name, loss, chosen):
+    """NaN must not train on, nor an infinite log-ratio of a chosen response, at which DPO's loss is 0."""
+    if not (loss.isfinite() and chosen.isfinite().all()):
+        lowest, highest = chosen.min().item(), chosen.max().item()
+        got = f"a loss of {loss.item()}, log-ratios of chosen responses from {lowest} to {highest}"
+        raise FloatingPointError(f"{name}: expected finite log-probabilities, got {got}")
 
 
 def _stats(chosen, rejected, beta, weight_rejected):

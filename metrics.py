@@ -31,7 +31,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from infonce import column_info_nce, mi_lower_bound, row_info_nce
 
@@ -90,9 +89,13 @@ def mutual_information(scores) -> MutualInformation:
 
 
 def retrieval(scores):
-    """1 where a CoT is likeliest under its own principle: scores [N, K, K] -> [N, K]; chance 1 / K."""
-    own = torch.arange(scores.shape[-1], device=scores.device)  # [K]
-    return (scores.argmax(-1) == own).float()  # [N, K]
+    """1 where a CoT is likeliest under its own principle: scores [N, K, K] -> [N, K]; chance 1 / K.
+
+    A tie of several principles is shared among them. Raises as `information` does.
+    """
+    _check_scores(scores)
+    top = scores == scores.amax(-1, keepdim=True)  # [N, K, K]
+    return (top.diagonal(dim1=-2, dim2=-1) / top.sum(-1)).float()  # [N, K]
 
 
 def sufficiency_index(scores, estimator: str = "row"):
@@ -207,8 +210,9 @@ def select_subset(scores, size: int, exact_up_to: int = 5000) -> list[int]:
 
 def _check_scores(scores) -> None:
     """Raises ValueError or FloatingPointError for what the estimators cannot take."""
-    if scores.ndim != 3 or scores.shape[1] != scores.shape[2]:
-        raise ValueError(f"expected scores [N, K, K] (question, completion, principle), got {list(scores.shape)}")
+    if scores.ndim != 3 or scores.shape[1] != scores.shape[2] or not scores.numel():
+        shape = list(scores.shape)
+        raise ValueError(f"expected scores [N, K, K] (question, completion, principle), not empty, got {shape}")
     if not scores.diagonal(dim1=-2, dim2=-1).isfinite().all() or not (scores < math.inf).all():
         raise FloatingPointError("expected finite scores of each completion under its own principle, and no NaN or inf")
 
@@ -254,8 +258,9 @@ def linear_cka(x, y, debiased: bool = False):
     Source: Kornblith et al. 2019, arXiv 1905.00414.
 
     debiased: the products count pairs of different points alone, so unrelated clouds give 0 on
-    average, and single values may be below. Needs n >= 4; NaN where a cloud's own product is
-    negative. Sources: HSIC_1 of Song et al. 2012, JMLR 13; Nguyen et al. 2021, arXiv 2010.15327.
+    average, and single values may be below. Needs n >= 4; NaN where all points of a cloud are equally
+    far apart, whose own product is 0. Sources: HSIC_1 of Song et al. 2012, JMLR 13; Nguyen et al. 2021,
+    arXiv 2010.15327.
     """
     _check_cloud("linear_cka", x)
     _check_cloud("linear_cka", y)
@@ -264,7 +269,8 @@ def linear_cka(x, y, debiased: bool = False):
         raise ValueError(f"linear_cka expects as many points in x as in y{least}, got {len(x)} and {len(y)}")
     x, y = centred(x), centred(y)  # [n, d], [n, e]
     x, y = x / x.norm(), y / y.norm()  # no overflow of fourth powers
-    xy, xx, yy = (_alignment(a, b, debiased) for a, b in ((x, y), (x, x), (y, y)))  # [] each
+    xy, *own = (_alignment(a, b, debiased) for a, b in ((x, y), (x, x), (y, y)))  # [] each
+    xx, yy = (product.where(product > 1e-12, math.nan) for product in own)  # [] both, of rounding alone: NaN
     return xy / (xx.sqrt() * yy.sqrt())  # []
 
 
@@ -313,8 +319,8 @@ def share_in_span(x, directions):
 
 
 def mean_angle(directions):
-    """Mean angle between pairs of directions [K, d]: [], degrees; of a simplex arccos(-1/(K-1))."""
-    unit = F.normalize(directions.double(), dim=-1)  # [K, d]
+    """Mean angle between pairs of directions [K, d]: [], degrees; of a simplex arccos(-1/(K-1)), of a zero NaN."""
+    unit = directions.double() / directions.double().norm(dim=-1, keepdim=True)  # [K, d]
     above = torch.triu_indices(len(unit), len(unit), offset=1)  # [2, pairs]
     return (unit @ unit.mT)[above[0], above[1]].clamp(-1, 1).arccos().rad2deg().mean()  # []
 
@@ -322,7 +328,7 @@ def mean_angle(directions):
 def between_to_within(x, labels, num_principles: int):
     """Variance between the principles' means over variance about them: x [n, d], labels [n] -> [].
 
-    Of n points that know nothing of their principle it is about (K - 1) / n, not 0.
+    Of n points that know nothing of their principle, as many of each, it is about (K - 1) / n, not 0.
     """
     means = principle_means(x, labels, num_principles)  # [K, d]
     within = (x.double() - means[labels]).square().sum(-1).mean()  # []

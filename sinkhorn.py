@@ -18,7 +18,7 @@ Our choices:
   at convergence. It is of first order only: differentiated again, entropic_ot and the divergence
   raise, and ot_of_cost leaves out how P moves.
 - Weights are divided by their sum inside the graph: a 0/1 mask is a valid weight, and the gradient
-  of weights is f - <a, f>. A zero weight is a removed point: no effect on value or gradients.
+  of weights is (f - <a, f>) / their sum. A zero weight is a removed point: no effect on value or gradients.
 - A batch element that has converged stays: no result depends on what shares its batch.
 
 Limits. Iterations grow as eps falls: tens at 0.1 mean(C), a hundred at 0.01, in the textbook ten
@@ -60,11 +60,12 @@ def sinkhorn_potentials(cost, eps, a=None, b=None, *, max_iter=1000, tol=1e-4):
 
     cost [..., n, m] finite; eps > 0 a number or a tensor [...], in units of cost; a [..., n] or [n]
     and b [..., m] or [m] non-negative, divided by their sums, uniform by default. Returns
-    (f [..., n], g [..., m], info), detached, in the type of cost: P's column sums are exact, its row
-    sums within info.marginal_error. Stops when every batch element is within tol, or at max_iter: then
-    warns (RuntimeWarning). Raises ValueError on bad arguments, FloatingPointError if C / eps is not finite.
+    (f [..., n], g [..., m], info), detached, in float64: rounded they would move P where C / eps is large.
+    P's column sums are exact, its row sums within info.marginal_error. Stops when every batch element is
+    within tol, or at max_iter: then warns (RuntimeWarning). Raises ValueError on bad arguments,
+    FloatingPointError if C / eps is not finite.
     """
-    dtype, *checked = _check_cost(cost, eps, a, b, max_iter, tol)
+    _, *checked = _check_cost(cost, eps, a, b, max_iter, tol)
     cost, eps, a, b = (t.detach() for t in checked)  # [..., n, m], [...], [..., n], [..., m] float64
     scale, log_a, log_b = eps[..., None], a.log(), b.log()  # [..., 1], [..., n], [..., m]
     f = torch.zeros_like(a)  # [..., n]
@@ -79,11 +80,11 @@ def sinkhorn_potentials(cost, eps, a=None, b=None, *, max_iter=1000, tol=1e-4):
         f = torch.where(error[..., None] > tol, new, f)  # [..., n]
     info = SinkhornInfo(iteration, error, bool((error <= tol).all()))
     _warn_unless_converged(info, eps, tol)
-    return f.to(dtype), g.to(dtype), info
+    return f, g, info
 
 
 def transport_plan(f, g, cost, eps, a=None, b=None):
-    """P = a b^T exp((f + g - C) / eps), [..., n, m], of total mass 1, detached.
+    """P = a b^T exp((f + g - C) / eps), [..., n, m], of total mass 1, detached, in the type of cost.
 
     Arguments and errors as in `sinkhorn_potentials`, f and g from there.
     """
@@ -141,7 +142,8 @@ def relative_eps(x, y, eps_rel, a=None, b=None):
     """eps = eps_rel * mean(C), [...] float64, detached: the same smoothing at any scale of clouds.
 
     x [..., n, d], y [..., m, d]; the mean weighs C by a b^T (uniform by default). A mean below
-    1e-16 (all points identical) becomes 1e-16: any eps gives 0 there. Our choice; raises as entropic_ot.
+    1e-16 becomes 1e-16: of identical points, where any eps gives 0, rounding is left; clouds that
+    are really so small are smoothed more. Our choice; raises as entropic_ot.
     """
     x, y, _, a, b = (t.detach() for t in _check_clouds(x, y, 1.0, a, b))
     middle = (b.to(y)[..., None] * y).sum(-2, keepdim=True)  # [..., 1, d] mean(C) = the two spreads about it

@@ -108,6 +108,8 @@ def test_principle_directions_span_angle_and_variance_ratio_by_hand():
     torch.testing.assert_close(metrics.principle_means(x, labels, 3), corners)
     directions = corners - corners.mean(0)
     assert math.isclose(metrics.mean_angle(directions), 120, rel_tol=1e-9)  # a regular simplex of three
+    assert math.isclose(metrics.mean_angle(directions * 1e-13), 120, rel_tol=1e-9)
+    assert math.isnan(metrics.mean_angle(directions * 0)), "no direction, no angle"
     assert math.isclose(metrics.between_to_within(x, labels, 3), (2 / 3) / 0.25, rel_tol=1e-9)
     in_plane, out_of_plane = torch.tensor([[1.0, -1, 0, 0]]), torch.tensor([[1.0, 1, 1, 0]])
     mixed = in_plane + torch.tensor([[0, 0, 0, 2.0]])  # squared lengths 2 and 4

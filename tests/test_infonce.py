@@ -120,6 +120,11 @@ def test_half_precision_is_upcast(dtype):
         close(loss(scores), loss(scores.float()))
 
 
+def test_the_bound_of_half_precision_losses_is_not_rounded():
+    losses = torch.full((64,), 2.0725, dtype=torch.bfloat16)
+    assert mi_lower_bound(losses, 8) == mi_lower_bound(losses.float(), 8) > 0
+
+
 def test_small_losses_survive_large_scores():
     scores = torch.tensor([[-500.0, -512.0], [-512.0, -500.0]])
     expected = torch.full((2,), math.log1p(math.exp(-12)))  # 6e-6, below the float32 spacing at 500

@@ -273,6 +273,8 @@ def test_a_response_of_probability_zero():
             loss(rejected, chosen, torch.zeros(2), torch.zeros(2))  # a chosen response of probability zero
         with pytest.raises(FloatingPointError, match="expected finite log-probabilities, got a loss of nan"):
             loss(chosen, torch.tensor([math.nan, 0.0]), torch.zeros(2), torch.zeros(2))
+        with pytest.raises(FloatingPointError, match="log-ratios of chosen responses from 0.0 to inf"):
+            loss(chosen, chosen, rejected, torch.zeros(2))  # DPO's loss is 0 there, with no gradient
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -115,6 +115,13 @@ def test_retrieval_counts_argmax_both_ways():
     assert math.isclose(result.column_retrieval, 1 / 3, rel_tol=1e-6)  # column 2
 
 
+def test_a_tie_is_shared_whatever_the_order_of_principles():
+    scores = torch.tensor([[[0.0, 0.0, -1.0], [1.0, 0.0, 0.0], [-2.0, -2.0, -2.0]]])
+    torch.testing.assert_close(metrics.retrieval(scores), torch.tensor([[1 / 2, 0.0, 1 / 3]]))
+    coarse = (torch.randn(4000, 4, 4, generator=torch.Generator().manual_seed(0)) - 500).bfloat16()  # in steps of 2
+    assert (metrics.retrieval(coarse).mean(0) - 1 / 4).abs().max() < 0.03, "half precision favours the first principles"
+
+
 def test_nothing_changes_when_principles_are_relabelled():
     scores = draw_scores(channel(5, 7)[0], 50)
     order = torch.randperm(5, generator=torch.Generator().manual_seed(3))
@@ -205,6 +212,11 @@ def test_debiased_alignment_is_the_mean_over_different_points():
     y = y + x[:, :1]
     expected = unbiased_hsic(x, y) / (unbiased_hsic(x, x) * unbiased_hsic(y, y)).sqrt()
     torch.testing.assert_close(metrics.linear_cka(x, y, debiased=True), expected)
+
+
+@pytest.mark.parametrize("num", [4, 5, 6, 7])
+def test_points_that_are_all_equally_far_apart_have_no_debiased_alignment(num):
+    assert metrics.linear_cka(torch.eye(num), torch.randn(num, 3), debiased=True).isnan()
 
 
 def test_debiased_alignment_is_zero_by_chance_and_one_after_a_rotation():

@@ -220,6 +220,14 @@ def test_plan_marginals_and_duality(entropic_ot):
     close(entropic_ot(x, y, eps, a, b, **TIGHT)[0], primal, "dual value != <P, C> + eps KL(P | a b)")
 
 
+def test_the_plan_of_a_large_float32_cost_has_its_marginals():
+    cost = torch.rand(5, 4) + 1e5
+    f, g, info = sinkhorn_potentials(cost, 0.1)
+    plan = transport_plan(f, g, cost, 0.1)
+    assert info.converged and plan.dtype is torch.float32
+    close(plan.sum(-2), torch.full((4,), 1 / 4), "potentials are rounded", atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["entropic_ot", "sinkhorn_divergence"])
 def test_gradcheck_points_and_weights(name, layer):
     function = functools.partial(getattr(sinkhorn, name), fast=layer == "fast")
@@ -237,6 +245,11 @@ def test_weight_gradient_is_the_potential(entropic_ot):
     f, _, _ = sinkhorn_potentials(torch.cdist(x, y).square(), 0.5, a, tol=1e-11)
     entropic_ot(x, y, 0.5, a, tol=1e-11)[0].backward()
     close(a.grad, f - (a * f).sum(), "dOT/da must be f, less its mean (weights are normalised)")
+    mask = torch.tensor([1.0, 1, 0, 1, 1, 1], dtype=x.dtype).requires_grad_()
+    f, _, _ = sinkhorn_potentials(torch.cdist(x, y).square(), 0.5, mask.detach(), tol=1e-11)
+    entropic_ot(x, y, 0.5, mask, tol=1e-11)[0].backward()
+    kept = mask.detach() > 0
+    close(mask.grad[kept], (f - f[kept].mean())[kept] / 5, "with weights that sum to 5 it is a fifth")
 
 
 def test_coincident_points_have_zero_gradient(entropic_ot, sinkhorn_divergence):
