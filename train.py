@@ -73,7 +73,7 @@ def update(model, optimizer, batch, targets, step, config: Config) -> None:
         figures = []
         for cut, share in micro_batches(len(batch.tasks), config.rows_at_once // config.rows_per_question):
             part, fixed = take(batch, cut), take(targets, cut)
-            outputs = read(model, part, fixed.ot_tokens, config, config.mi_generations if config.lambda_mi else 0)
+            outputs = read(model, part, fixed.ot_tokens, config, config.scored_generations)
             loss, terms = losses(outputs, part, fixed, config)
             figures.append(backward(loss, terms, share))
             if outputs.scores is not None:  # for the log

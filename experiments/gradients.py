@@ -88,8 +88,7 @@ def noise(flags) -> dict:
         scores = train.read_scores(model, batch, config) if config.mi_reward else None  # [Q, G, K, K]
         rewards = train.reward_completions(batch, config, scores)
         targets = train.make_targets(model, start, batch, rewards, config)
-        generations = config.mi_generations if config.lambda_mi else 0
-        outputs = train.read(model, batch, targets.ot_tokens, config, generations)
+        outputs = train.read(model, batch, targets.ot_tokens, config, config.scored_generations)
         train.losses(outputs, batch, targets, config)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # [weights]
         model.zero_grad()

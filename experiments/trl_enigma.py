@@ -161,7 +161,7 @@ def check(trainer, drawn, config) -> None:
     sampling.sample = lambda *args: Completions(tokens, mask, unused.bool(), unused)
     batch = train.sample(model, trainer.processing_class, PromptTemplate(), drawn[0], config.num_generations, config)
     targets = train.make_targets(model, trainer.ref_model, batch, train.reward_completions(batch, config), config)
-    outputs = train.read(model, batch, targets.ot_tokens, config, config.mi_generations)
+    outputs = train.read(model, batch, targets.ot_tokens, config, config.scored_generations)
     loss, terms = train.losses(outputs, batch, targets, config)
 
     apart = {}

@@ -51,9 +51,12 @@ def exit_status(command) -> int:
             hint = f"--gradient-checkpointing with a low --micro-batch needs the least; else {memory.ADVICE}"
             line, status = f"the GPU's memory does not suffice; {hint}", 1
         except RuntimeError as error:
-            if not parallel.is_lost_peer(error):
+            if "can't allocate memory" in str(error):  # a CPU's; torch has no type for it
+                line, status = f"the memory does not suffice; {memory.ADVICE}", 1
+            elif parallel.is_lost_peer(error):
+                line, status = f"process {parallel.rank()}: {str(error).splitlines()[0]}: another process has ended", 1
+            else:
                 raise
-            line, status = f"process {parallel.rank()}: {str(error).splitlines()[0]}: another process has ended", 1
         except KeyboardInterrupt:
             line, status = "stopped by Ctrl-C", 128 + signal.SIGINT
         print(f"error: {line}", file=sys.stderr)

@@ -29,6 +29,7 @@ from support.errors import InputError
 from support.logits import autocast
 from support.model import linear_layers
 from support.prefix import PREFILL_TOKENS, copy_cache, forward, prefill
+from support.prompts import context_length
 from support.scoring import block_side, rows_per_forward
 
 HEADROOM = 0.9  # share of the free memory that is used: an estimate may be a tenth too low
@@ -150,6 +151,7 @@ class Texts:
     def __init__(self, model, prompts, length: int, bf16: bool | None = False):
         prompts, kept = [prompts[0], prompts[-1]], {}  # storages by address; held: none comes twice
         self.longest = max(map(len, prompts))
+        length = min(length, context_length(model) + 1 - self.longest)
         self.common = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 2)
 
         def pack(tensor):  # returns nothing: a tensor would keep its graph, and no backward follows

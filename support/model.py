@@ -121,15 +121,18 @@ def save_model(model, tokenizer, template, folder, card: str) -> None:
         model = model.float().merge_and_unload()
     with written_whole(folder / "final") as aside:
         model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        try:
+            tokenizer.save_pretrained(aside)
+        except Exception as error:  # of tokenizers, bare, where the disk is full
+            raise OSError(str(error)) from None
         template.save(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
 
 
 def has_bf16(device) -> bool:
-    """Whether bfloat16 products are faster here: on a GPU, on a CPU with instructions for them."""
+    """Whether bfloat16 products are faster here: on a GPU, on a CPU with AMX; those of AVX-512 alone are slower."""
     known = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
-    return device.type == "cuda" or bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    return device.type == "cuda" or bool(known.get("amx_bf16"))
 
 
 def check_model(model) -> None:

@@ -21,7 +21,7 @@ TIMEOUT = datetime.timedelta(minutes=30)  # the longest that a process may wait 
 
 def start() -> None:
     """Join the other processes, if torchrun started this one."""
-    if "RANK" in os.environ and not dist.is_initialized():
+    if {"RANK", "WORLD_SIZE"} <= set(os.environ) and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
@@ -59,12 +59,6 @@ def gather(value) -> list:
     values = [None] * world()
     dist.all_gather_object(values, value)
     return values
-
-
-def total(numbers: dict) -> dict:
-    """Sums over processes, by name; a name that a process lacks counts as 0."""
-    gathered = gather(numbers)
-    return {name: sum(n.get(name, 0.0) for n in gathered) for numbers in gathered for name in numbers}
 
 
 def sum_gradients(parameters) -> None:

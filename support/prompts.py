@@ -34,7 +34,7 @@ PLAIN_TEMPLATE = (  # for a base model: "User: 2 + 3?\n\nAssistant:"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 SEAM = 8  # tokens by which a prompt may be longer than its parts add up to; see data.Fitting
-PROMPT_FILE = "prompt.json"  # in a model's folder: the template that it was trained with
+PROMPT_FILE = "prompt.json"  # in a model's folder: the template of its questions
 FORMAT_INSTRUCTION = "Write <reasoning>…</reasoning><answer>…</answer>."
 TURN = "<reasoning>{reasoning}</reasoning><answer>{answer}</answer>"  # in an example
 

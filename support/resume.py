@@ -117,9 +117,6 @@ def resume_config(kind: type, given: dict):
         raise InputError(f"{run_dir}/config.json: has settings that this version does not know ({unknown}); the "
                          f"version that wrote it, commit {record.get('git_commit')}, can go on with it")
     config = kind(**{**record["settings"], **given, "output_dir": str(run_dir), "resume": str(path)})
-    if config.max_steps < stored["step"]:
-        raise InputError(f"--max-steps: got {config.max_steps}, and {path} is after step {stored['step']}; that or "
-                         "more is accepted")
     for name, value in fingerprint(config).items():
         accepted = [settings[name] for settings in (stored["settings"], *meant) if name in settings]
         if value in accepted or not accepted:
@@ -127,8 +124,13 @@ def resume_config(kind: type, given: dict):
         change = f"{flag(name)}: was {accepted[0]} at {path} and is {value} now"
         if name in OF_THE_SPLIT:
             raise InputError(f"{change}; it decides which questions are held out, and is accepted as it was")
+        if name == "lora_rank":
+            raise InputError(f"{change}; it decides which weights are trained, and is accepted as it was")
         if name not in given:
             raise InputError(f"{change}; give {flag(name)} again to mean a change")
+    if config.max_steps < stored["step"]:
+        raise InputError(f"--max-steps: got {config.max_steps}, and {path} is after step {stored['step']}; that or "
+                         "more is accepted")
     return config
 
 

@@ -45,6 +45,7 @@ from support.writing import append_json, write_json
 
 SMALL_MODEL = 10_000_000  # parameters; below it a model learns at a higher rate, and bfloat16 on a CPU saves nothing
 STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # Ctrl-C; containers; schedulers of clusters
+REPEATED = getattr(signal, "SIGXCPU", None)  # the kernel sends it again at every second past the limit
 ONE_REQUEST = 1.0  # seconds; what comes within them of the first signal is the same request, sent to a group as well
 
 
@@ -120,7 +121,7 @@ class Run:
         means = "".join(f", {name} {round(values[name]['mean'], 2) + 0.0:.2f}" for name in names if name in values)
         where = f"step {done}" if done else "start"
         self.bar.write(f"{where}: {values['questions']} held-out questions{means}")
-        if done == 0 and values.get("format", {"mean": 1})["mean"] < 0.02:  # no reward to learn from
+        if self.config.principles and done == 0 and values["format"]["mean"] < 0.02:  # no reward to learn from
             self.bar.write(f"warning: {NO_FORMAT.format(values['format']['mean'])}", file=sys.stderr)
 
     def end_step(self, step: Step) -> None:
@@ -199,7 +200,7 @@ class Run:
                 os.write(2, b"\nsaving, then stopping; a second signal, in a second or later, stops at once\n")
             if self.between_steps and self.writer:  # the other processes go on until the step's end
                 raise Stopped(number)
-        elif time.monotonic() > self.signal_time + ONE_REQUEST:
+        elif number != REPEATED and time.monotonic() > self.signal_time + ONE_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -241,8 +242,6 @@ def settle(config, model, tokenizer) -> None:
         config.learning_rate = (7e-4 if config.principles else 1e-4) if small else 1e-5
     if config.bf16 is None:  # a small model does not gain by it on a CPU
         config.bf16 = has_bf16(model.device) and (model.device.type == "cuda" or not small)
-    if config.mi_generations is None:
-        config.mi_generations = config.num_generations
     if config.beta is None:
         config.beta = DEFAULT_BETA if config.preferences else 0.0
     config.date = set_date(tokenizer, parallel.gather(set_date(tokenizer, config.date))[0])  # of process 0
@@ -253,7 +252,7 @@ def choose_directory(config) -> Path:
 
     Raises InputError where it is not empty, or where there are too many processes for the batch.
     """
-    for name in ("num_questions", "num_pairs", "eval_questions"):
+    for name in ("num_questions" if config.principles else "num_pairs", "eval_questions"):
         if getattr(config, name) < parallel.world():
             raise InputError(f"{flag(name)}: got {getattr(config, name)} with {parallel.world()} processes; one for "
                              "each of them, or more, is accepted")

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from support.logits import Logits, at_least_float32, autocast, head
 from support.prefix import copy_cache, forward, prefill, recomputing
+from support.prompts import context_length
 
 LOGITS_PER_CHUNK = 2**22  # elements of a block of logits: 16 MB in a CPU's cache; a GPU gets 16 times as many
 # Rows that go through the model together: few waste less on padding, many keep a processor busy.
@@ -57,6 +58,14 @@ def token_states(model, prompts, tokens, mask, rows_at_once: int | None = None, 
     per_prompt, width = tokens.shape[1:]
     lengths, order = mask.sum(-1).flatten().sort(descending=True, stable=True)  # [R] both
     lengths = lengths.tolist()
+    if len(prompts) > 1 and max(map(len, prompts)) + lengths[0] - 1 > context_length(model):
+        # padding beside a longer prompt would pass the end of the context: one at a time
+        parts = [
+            token_states(model, prompts[p : p + 1], *some, rows_at_once, bf16=bf16, recompute_rows=recompute_rows)
+            for p, some in enumerate(zip(tokens.split(1), mask.split(1)))
+        ]
+        states, places = zip(*parts)
+        return torch.cat(states), torch.cat([place + p * per_prompt * width for p, place in enumerate(places)])
     order = order[: max(1, sum(length > 0 for length in lengths))]  # [R'] rows without a token are left out
     rows_at_once = min(rows_at_once or rows_per_forward(tokens.device), recompute_rows or len(order))
 

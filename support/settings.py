@@ -125,7 +125,7 @@ class Config(DatasetConfig):
 
     model: str = option("tiny", "tiny (the embedded model), a folder, or a Hugging Face hub id")
     bf16: bool | None = option(
-        None, "bfloat16 matrix products with float32 weights (default: on a GPU; on a CPU that has them, for models "
+        None, "bfloat16 matrix products with float32 weights (default: on a GPU; on a CPU with AMX, for models "
         "above 10M parameters)"
     )
     lora_rank: int = option(
@@ -225,10 +225,14 @@ class Config(DatasetConfig):
         return bool(self.lambda_ot or self.beta)
 
     @property
+    def scored_generations(self) -> int:
+        """Completions of each prompt that are read under all principles, for the InfoNCE loss."""
+        return (self.mi_generations or self.num_generations) if self.lambda_mi else 0
+
+    @property
     def rows_per_question(self) -> int:
         """Completions read with gradient: all under their own principle, some under the others."""
-        others = (self.num_principles - 1) * self.mi_generations if self.lambda_mi else 0
-        return self.num_principles * (self.num_generations + others)
+        return self.num_principles * (self.num_generations + (self.num_principles - 1) * self.scored_generations)
 
     @property
     def rows_at_once(self) -> int:

@@ -36,6 +36,8 @@ SCRIPTS = [path.relative_to(ROOT) for folder in (".", "benchmarks", "experiments
     (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'"),
     (NotFinite("training has broken down at step 3: the loss is nan"), 1, "error: training has broken down at step 3"),
     (torch.OutOfMemoryError("CUDA"), 1, "error: the GPU's memory does not suffice"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried"), 1,
+     "error: the memory does not suffice"),
     (KeyboardInterrupt(), 130, "error: stopped by Ctrl-C"),
     (RuntimeError("gloo/transport/tcp/pair.cc:1: Connection closed by peer"), 1, "error: process 0: gloo"),
 ])

@@ -86,10 +86,10 @@ def test_a_process_that_dies_ends_the_other_with_the_reason(tmp_path):
         "from support.command import exit_status\n"
         "def command():\n"
         "    parallel.start()\n"
-        "    parallel.total({'steps': 1})\n"
+        "    parallel.gather({'steps': 1})\n"
         "    if parallel.rank() == 1:\n"
         "        os._exit(9)\n"
-        "    parallel.total({'steps': 2})\n"
+        "    parallel.gather({'steps': 2})\n"
         "sys.exit(exit_status(command))\n"
     )
     begun = time.time()

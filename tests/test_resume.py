@@ -211,6 +211,26 @@ def test_fewer_steps_than_are_done_are_refused(run, one_line):
     assert train.parse(["--resume", str(run), "--max-steps", "3"]).max_steps == 3
 
 
+def test_what_a_default_follows_may_change(run):
+    """--mi-generations is as many as --num-generations, also where a resumed run has more or fewer."""
+    for number in (1, 4):
+        assert train.parse(["--resume", str(run), "--num-generations", str(number)]).scored_generations == number
+
+
+def test_lora_cannot_begin_in_the_middle(run, one_line):
+    assert train.main(["--resume", str(run), "--lora-rank", "2"]) == 2
+    assert "--lora-rank: was 0 at " in (error := one_line()) and "which weights are trained" in error
+
+
+@pytest.mark.parametrize("value", ["2", None])
+def test_an_edited_number_of_steps_is_refused_whatever_it_is(value, run, one_line):
+    record = json.loads((run / "config.json").read_text())
+    record["settings"]["max_steps"] = value
+    (run / "config.json").write_text(json.dumps(record))
+    assert train.main(["--resume", str(run)]) == 2
+    assert "--max-steps: was 5 at " in one_line()
+
+
 def test_a_reference_that_has_changed_is_refused(run, monkeypatch, one_line):
     load = train.load_model
 

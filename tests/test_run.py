@@ -68,6 +68,16 @@ def test_two_runs_without_a_directory_get_two():
     assert len(set(found)) == 3 and {path.parent for path in found} == {Path("runs")}
 
 
+def test_only_the_batch_of_this_training_is_shared_among_the_processes(monkeypatch):
+    monkeypatch.setattr("support.parallel.world", lambda: 8)
+    flags = "--eval-questions 8 --output-dir never/made --num-questions"
+    for what, accepted in (["--principles", PRINCIPLES], "8"), (["--preferences", "tiny"], "4"):
+        monkeypatch.setattr("support.parallel.gather", lambda value: [value])
+        assert choose_directory(train.parse([*what, *flags.split(), accepted])) == Path("never/made")
+    with pytest.raises(InputError, match="--num-questions: got 4 with 8 processes"):
+        choose_directory(train.parse(["--principles", PRINCIPLES, *flags.split(), "4"]))
+
+
 # ------------------------------------------------------------------------------------------------ signals
 
 
@@ -124,9 +134,9 @@ def test_once_the_weights_have_changed_the_step_is_finished_and_one_ctrl_c_may_a
     assert train.parse(["--resume", "latest"]).resume == "runs/here/checkpoints/step_1.pt"
 
 
-def signals_while_saving(flags):
+def signals_while_saving(number, flags):
     """In a process: a signal in step 2, and another one a second later, from within the saving that it asks for."""
-    stop = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+    stop = lambda: os.kill(os.getpid(), number)  # noqa: E731
     train.sample = after(train.sample, 3, stop)
 
     def second(path):
@@ -138,14 +148,19 @@ def signals_while_saving(flags):
     kill.command(flags)
 
 
-def test_a_second_signal_stops_at_once_and_leaves_no_half_checkpoint_under_its_name(flags, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGXCPU])
+def test_a_second_signal_stops_at_once_and_leaves_no_half_checkpoint_under_its_name(number, flags, tmp_path):
+    """But for SIGXCPU, which the kernel sends again at every second past the limit."""
     flags = [*flags, "--save-steps", "0", "--output-dir", str(tmp_path / "run")]
-    process = kill.processes.Process(target=signals_while_saving, args=(flags,))
+    process = kill.processes.Process(target=signals_while_saving, args=(number, flags))
     process.start()
     process.join()
-    assert process.exitcode == -signal.SIGINT
     (left,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert left.name.startswith(".step_1.pt.") and not checkpoint.checkpoints(tmp_path / "run")
+    if number == signal.SIGXCPU:
+        assert process.exitcode == 128 + number and left.name == "step_1.pt"
+    else:
+        assert process.exitcode == -number
+        assert left.name.startswith(".step_1.pt.") and not checkpoint.checkpoints(tmp_path / "run")
 
 
 @pytest.mark.parametrize("moment", ["training", "writing final/"])

@@ -49,7 +49,7 @@ def make_batch(tiny_model, config, questions=3):
 
 def losses_of(model, batch, targets, config):
     """(loss, terms, scores) of a batch as the loop reads it."""
-    outputs = train.read(model, batch, targets.ot_tokens, config, config.mi_generations if config.lambda_mi else 0)
+    outputs = train.read(model, batch, targets.ot_tokens, config, config.scored_generations)
     return *train.losses(outputs, batch, targets, config), outputs.scores
 
 
