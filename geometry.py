@@ -66,18 +66,18 @@ def compare_layer(base, trained, labels, num_principles: int, seed: int = 0) -> 
     cloud = order[:CLOUD].sort().values  # [m]
     x, y = base[cloud].double(), trained[cloud].double()  # [m, d] float64: the divergence is often a small difference
     divergence, info = sinkhorn_divergence(x, y, relative_eps(x, y, 0.1))
-    drift = trained.double() - base.double()  # [n, d]
+    shift = trained.double() - base.double()  # [n, d]
     means = [metrics.principle_means(states, labels, num_principles) for states in (base, trained)]  # [K, d] each
     directions = [metrics.centred(m) for m in means]  # [K, d] each
-    share, rank = metrics.share_in_span(drift, directions[0])
+    share, rank = metrics.share_in_span(shift, directions[0])
     row = {
         "scale": metrics.centred(base).square().sum(-1).mean().sqrt(),
         "sinkhorn": divergence, "sinkhorn_error": info.marginal_error,
         "bures_wasserstein": metrics.bures_wasserstein(base, trained),
         "linear_cka": metrics.linear_cka(base, trained, debiased=True) if len(base) > 3 else math.nan,
         "rank_before": metrics.effective_rank(base), "rank_after": metrics.effective_rank(trained),
-        "mean_shift": drift.mean(0).norm(),
-        "drift_in_span": share, "random_span": rank / base.shape[1],
+        "mean_shift": shift.mean(0).norm(),
+        "shift_in_span": share, "random_span": rank / base.shape[1],
         "angle_before": metrics.mean_angle(directions[0]), "angle_after": metrics.mean_angle(directions[1]),
         "between_within_before": metrics.between_to_within(base, labels, num_principles),
         "between_within_after": metrics.between_to_within(trained, labels, num_principles),

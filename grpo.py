@@ -118,7 +118,7 @@ def grpo_loss(
 ):
     """The clipped policy loss of the module docstring, and what to log of it: (loss, stats).
 
-    logp        [N, T]  log-probabilities (nats) of the sampled tokens, with gradient
+    logp        [N, T]  log-probabilities (nats) of the sampled tokens, at the temperature of sampling, with gradient
     old_logp    [N, T]  the same when they were sampled; a constant, detached here
     advantages  [N]     one per sequence; a constant, detached here
     mask        [N, T]  bool or 0/1: the tokens that count. Elsewhere anything may stand, even NaN
@@ -168,7 +168,7 @@ def grpo_loss(
 
     too_high, too_low = ratio > 1 + clip_high, ratio < 1 - clip_low  # [N, t]
     stopped = (too_high & (advantages > 0)) | (too_low & (advantages < 0))  # [N, t]
-    stats = {
+    stats = {  # [] each
         "ratio_mean": _masked_mean(ratio, counts),
         "ratio_max": torch.where(counts, ratio.detach(), 0.0).max(),
         "clip_fraction": _masked_mean(stopped.to(ratio.dtype), counts),

@@ -23,7 +23,7 @@ The gradients, for one pair of the N:
 
 InfoPO pulls the chosen up whatever the rejected does, and pushes the rejected hard where the policy
 has raised it. DPO sees the difference alone: both may fall together at no cost, and both gradients
-vanish with the margin. docs/theory.md derives all of this, and the optima.
+vanish with the margin. docs/theory.md derives both bounds.
 
 Overflow. Past reward_rejected = 20 exp goes on as its tangent, e^20 * (1 + reward - 20): value and
 gradient are continuous, with no inf at 89, and such a response is still pushed back.
@@ -77,8 +77,8 @@ def infopo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1
         weight_rejected                     beta * exp(min(reward_rejected, 20)), of the gradient
 
     Raises ValueError for other shapes or dtypes, N = 0, and a beta not positive and finite;
-    FloatingPointError for a loss that is not finite, or a chosen response's log-ratio: of probability
-    zero under policy or reference, or of NaN.
+    FloatingPointError if the loss, or the log-ratio of a chosen response, is not finite: of NaN, or
+    of probability zero.
     """
     tensors = (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     chosen, rejected = _log_ratios("infopo_loss", tensors, beta)  # [N], [N]

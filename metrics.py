@@ -132,7 +132,7 @@ def bootstrap_interval(values, level: float = 0.95, resamples: int = 2000, seed:
     if values.ndim < 1 or not len(values):
         raise ValueError(f"bootstrap_interval expects values [N, ...] with N >= 1, got {list(values.shape)}")
     generator = torch.Generator().manual_seed(seed)
-    values = values.detach().cpu().double()
+    values = values.detach().cpu().double()  # [N, ...]
     drawn = torch.randint(len(values), (resamples, len(values)), generator=generator)  # [R, N]
     counts = torch.zeros(resamples, len(values), dtype=torch.double)  # [R, N]
     counts.scatter_add_(1, drawn, torch.ones_like(counts))
@@ -268,7 +268,7 @@ def linear_cka(x, y, debiased: bool = False):
         least = ", 4 or more of them" if debiased else ""
         raise ValueError(f"linear_cka expects as many points in x as in y{least}, got {len(x)} and {len(y)}")
     x, y = centred(x), centred(y)  # [n, d], [n, e]
-    x, y = x / x.norm(), y / y.norm()  # no overflow of fourth powers
+    x, y = x / x.norm(), y / y.norm()  # [n, d], [n, e] no overflow of fourth powers
     xy, *own = (_alignment(a, b, debiased) for a, b in ((x, y), (x, x), (y, y)))  # [] each
     xx, yy = (product.where(product > 1e-12, math.nan) for product in own)  # [] both, of rounding alone: NaN
     return xy / (xx.sqrt() * yy.sqrt())  # []

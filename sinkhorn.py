@@ -99,7 +99,7 @@ def transport_plan(f, g, cost, eps, a=None, b=None):
 def ot_of_cost(cost, eps, a=None, b=None, *, max_iter=1000, tol=1e-4):
     """(OT_eps [...], info) for any cost, differentiable in cost, a and b. Arguments as in `sinkhorn_potentials`."""
     dtype, cost, eps, a, b = _check_cost(cost, eps, a, b, max_iter, tol)
-    f, g, info = sinkhorn_potentials(cost, eps, a, b, max_iter=max_iter, tol=tol)
+    f, g, info = sinkhorn_potentials(cost, eps, a, b, max_iter=max_iter, tol=tol)  # [..., n], [..., m]
     plan = transport_plan(f, g, cost, eps, a, b)  # [..., n, m]
     value = (a * f).sum(-1) + (b * g).sum(-1) - eps * (plan.sum((-2, -1)) - 1)  # [...]
     envelope = (plan * (cost - cost.detach())).sum((-2, -1))  # [...] 0, with the gradient P in cost
@@ -141,13 +141,14 @@ def sinkhorn_divergence(x, y, eps, a=None, b=None, *, max_iter=1000, tol=1e-4, f
 def relative_eps(x, y, eps_rel, a=None, b=None):
     """eps = eps_rel * mean(C), [...] float64, detached: the same smoothing at any scale of clouds.
 
-    x [..., n, d], y [..., m, d]; the mean weighs C by a b^T (uniform by default). A mean below
-    1e-16 becomes 1e-16: of identical points, where any eps gives 0, rounding is left; clouds that
-    are really so small are smoothed more. Our choice; raises as entropic_ot.
+    x [..., n, d], y [..., m, d]; the mean weighs C by a b^T (uniform by default). A smaller
+    mean than 1e-16 counts as that: identical points leave rounding alone, and any eps gives 0 there;
+    clouds that are truly so small are smoothed more. Our choice; raises as entropic_ot.
     """
     x, y, _, a, b = (t.detach() for t in _check_clouds(x, y, 1.0, a, b))
     middle = (b.to(y)[..., None] * y).sum(-2, keepdim=True)  # [..., 1, d] mean(C) = the two spreads about it
-    spreads = [(w * torch.linalg.vector_norm(z - middle, dim=-1).square()).sum(-1) for z, w in ((x, a), (y, b))]
+    about = ((x - middle, a), (y - middle, b))
+    spreads = [(w * torch.linalg.vector_norm(z, dim=-1).square()).sum(-1) for z, w in about]  # [...] both
     return eps_rel * sum(spreads).clamp(min=1e-16)  # [...]
 
 
@@ -249,7 +250,7 @@ def _scaled(given, weights, eps, tol):
         half = [torch.linalg.vector_norm(z, dim=-1).square() / 2 for z in points]  # [B, n], [B, m]
         largest = 4 * max(h.max().item() for h in half)  # >= C / eps; NaN where it overflows
         spread = min((w * h).sum(1).min().item() for w, h in zip(weights, half))  # about half of mean(C) / eps
-        if spread >= 0.5 and (16 + largest) * torch.finfo(dtype).eps <= tol:
+        if spread >= 0.5 and (16 + largest) * torch.finfo(dtype).eps <= tol:  # 1e-7 eps is little beside mean(C)
             break
     _finite(torch.tensor(16 * largest, dtype=dtype), "C / eps must be finite: the points are too far apart for eps")
     return points, half, unit.to(dtype)  # [B, n, d] and [B, m, d], [B, n] and [B, m], [B, 1, 1]

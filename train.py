@@ -5,7 +5,7 @@
     python train.py --preferences tiny                         # InfoPO on preference pairs instead
     python train.py --resume latest                            # after Ctrl-C, or a kill
 
-A step draws Q questions and K principles for each, and samples G completions of each pair. Its loss
+A step draws Q questions and K principles for each, and samples G completions under each. Its loss
 
     L = L_GRPO + lambda_mi * L_SAMI + lambda_ot * S_eps
 
@@ -15,8 +15,8 @@ is a mean over questions of what each gives alone:
     L_SAMI   symmetric InfoNCE: which principle and which completion belong together?        infonce.py
     S_eps    Sinkhorn divergence of hidden states from those of the frozen reference         sinkhorn.py
 
-In order: the loop, a batch, the rewards, the losses, evaluation. Pairs have a loop of their own, in
-support/preferences.py. What surrounds both loops is support/run.py.
+In order: the loop, a batch, the rewards, the losses, evaluation. Preferences have a loop of their own,
+in support/preferences.py. What surrounds both loops is support/run.py.
 """
 
 import support  # isort: skip  # noqa: F401  (before torch: see there)
@@ -89,7 +89,7 @@ def train(config: Config) -> Path:
     data = (load_data if config.principles else preferences.load_pairs)(model, tokenizer, config)
     config.gradient_checkpointing, config.micro_batch, line = memory.fit(model, data, config)
     print(line, flush=True)
-    # The reference is a frozen copy; with LoRA, the model without its adapters. Pairs keep its log-probabilities.
+    # The reference is a frozen copy; with LoRA, the model without its adapters. Preferences keep its log-probs.
     reference = frozen_copy(model, config.bf16) if config.principles and not config.lora_rank else None
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     run = Run(directory, config, model, reference, tokenizer, optimizer, data)
@@ -100,7 +100,7 @@ def train(config: Config) -> Path:
 
 
 def load(config: Config):
-    """(model, tokenizer), on the GPU if there is one; every setting that was left out gets its value here."""
+    """(model, tokenizer), on the GPU if there is one; settings that were left out get a value, see run.settle."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     model, tokenizer = load_model(tiny.model_path(config.model), device)
     settle(config, model, tokenizer)
@@ -144,7 +144,7 @@ class Outputs:
     """What the policy computes from a batch's completions."""
 
     logp: torch.Tensor  # [Q, K, G, T] of each token, under the completion's own principle
-    states: torch.Tensor  # [Q, n, d] hidden states of the tokens that the Sinkhorn term compares
+    states: torch.Tensor  # [Q, n, d] hidden states that predict the tokens of the Sinkhorn term
     scores: torch.Tensor | None  # [Q, N, K, K] CoT i under principle j, of the first N completions of a group; or None
 
 
@@ -154,10 +154,10 @@ class Targets:
 
     advantages: torch.Tensor  # [Q, K, G]
     old_logp: torch.Tensor | None  # [Q, K, G, T] of the policy that sampled; None for one pass: it is the policy
-    ot_tokens: torch.Tensor  # [Q, n] indices into K·G·T: the tokens that the Sinkhorn term compares
+    ot_tokens: torch.Tensor  # [Q, n] indices into K·G·T: tokens whose predicting states are compared
     ot_weights: torch.Tensor  # [Q, n] their weights; 0 where a question has fewer than n tokens
     reference_logp: torch.Tensor | None  # [Q, K, G, T] by the frozen reference, with --beta
-    reference_states: torch.Tensor | None  # [Q, n, d] by the frozen reference, with --lambda-ot
+    reference_states: torch.Tensor | None  # [Q, n, d] by the frozen reference, where a loss needs it
 
 
 def take(table, cut: slice):
@@ -202,7 +202,7 @@ def sample(model, tokenizer, template, tasks: list[Task], num_generations: int, 
 
 
 def read(model, batch: Batch, ot_tokens, config: Config, generations: int = 0) -> Outputs:
-    """Each completion under its own principle and, for the scores, the first `generations` of G under all."""
+    """Forward pass: each completion after its own prompt and, for scores, the first `generations` after all."""
     how = {"generations": generations, "picked": ot_tokens, **config.how_read}
     outputs = Outputs(*read_completions(model, *batch.completions, config.temperature, **how))
     check_finite("a hidden state", outputs.states)
@@ -325,7 +325,7 @@ def policy_terms(logp, batch: Batch, targets: Targets, config: Config) -> dict:
         ratios = tokens if config.importance_sampling_level == "token" else len(mask)
         per_question.append(loss)
         figures.append({"items": 1, "tokens": tokens, "ratios": ratios, **stats})
-    return {"loss_grpo": torch.stack(per_question).mean(), **combine(figures)}
+    return {"loss_grpo": torch.stack(per_question).mean(), **combine(figures)}  # []
 
 
 def information_terms(scores, config: Config) -> dict:
@@ -374,7 +374,7 @@ def evaluate(model, reference, tokenizer, data: Data, config: Config) -> dict:
 
 @torch.no_grad()
 def evaluate_tasks(model, reference, tokenizer, template, tasks: list[Task], config: Config):
-    """(values [Q] by name, an example) of one completion of each question under each principle."""
+    """(values [Q] by name, `accuracy` of known answers alone; an example) of one completion under each principle."""
     batch = sample(model, tokenizer, template, tasks, 1, config)
     rewards = reward_completions(batch, config)
     ot_tokens, ot_weights = choose_ot_tokens(batch, config)  # [Q, n] both
@@ -386,7 +386,7 @@ def evaluate_tasks(model, reference, tokenizer, template, tasks: list[Task], con
     closed = [["</reasoning>" in texts[0] for texts in row] for row in batch.texts]
     example = {"question": tasks[0].question.text, "principle": tasks[0].principles[0].text}
     return {
-        "format": rewards.formats.mean((1, 2)),
+        "format": rewards.formats.mean((1, 2)),  # [Q] each
         "closed": torch.tensor(closed).float().mean(1),
         "accuracy": torch.tensor(right).float().reshape(len(known), config.num_principles).mean(1),
         "mi_row": information(scores).mean(1),
@@ -397,7 +397,7 @@ def evaluate_tasks(model, reference, tokenizer, template, tasks: list[Task], con
 
 
 def main(argv=None) -> int:
-    """Train by the command line; returns the exit status, see command.outcome."""
+    """Train by the command line; returns the exit status, see command.exit_status."""
     return exit_status(lambda: train(parse(argv)))
 
 

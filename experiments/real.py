@@ -67,6 +67,7 @@ PROMPT = ("--temperature", 0.8, "--max-completion-length", 48)
 RECIPE = (  # of every arm
     "--num-questions", 1, "--num-principles", 4, "--num-generations", 4, "--max-steps", 36, "--learning-rate", 1.5e-5,
     "--warmup-steps", 2, "--eval-questions", 48, "--eval-steps", 0, "--save-steps", 6, "--save-total-limit", 1,
+    "--bf16", False,  # the same numbers on every processor
 )
 ARMS = {  # name -> its flags of train.py
     "GRPO": ("--lambda-mi", 0, "--lambda-ot", 0),

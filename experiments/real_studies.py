@@ -10,7 +10,7 @@ temperature  Does the papers' own term teach following at the temperature of its
              any information in the reward: TEMPERATURES x WEIGHTS for 18 steps, on a seed and on questions that
              are not reported; the weight with the most following, the format not below the start's. The best of
              all, 36 steps on two seeds, beside GRPO alone and ENIGMA; and in the grid its row and column apart.
-si           Do principles of high SI train better? Nine sets of four from the pool, their SI as far apart as it
+si           Do principles of high SI train better? Eight sets of four from the pool, their SI as far apart as it
              goes: measured by si.py before the training, ENIGMA for 24 steps each. Rank correlations with where
              the training ends and how steady it is (reward_std and falls are the format's, as the reward
              holds the information itself). The sets are chosen by their SI on other questions.
@@ -138,7 +138,9 @@ def temperature(args) -> dict:
         )
         directory = args.output_dir / f"grid-{tau}-{weight}{'' if part == 'both' else f'-{part}'}"
         evals = run_training(directory, *flags, "--model", args.model, script=reading.script(part))
-        return {when: figures(directory, evals, when) for when in ("start", "end")}
+        after, before = (reading.read_answers(directory / f"answers-{when}.jsonl") for when in ("end", "start"))
+        found = {when: figures(directory, evals, when) for when in ("start", "end")}
+        return found | {"gain": "{:+.2f} ± {:.2f}".format(*reading.following(after, before))}
 
     def order(job):
         end, start = grid[job]["end"], grid[job]["start"]
@@ -150,12 +152,12 @@ def temperature(args) -> dict:
     results = real.run_arms(args, real.BOTH | {f"InfoNCE-{best[0]}": infonce_flags(*best)}, seeds)
     halves = side_by_side(tried, [(*best, "row"), (*best, "column")], args.jobs)
     columns = ("format", "follows", "si", "sinkhorn", "completion_length", "words")
-    rows = [["", "", "start", *(f"{grid[best]['start'][c] + 0.0:.2f}" for c in columns)]]
+    rows = [["", "", "start", *(f"{grid[best]['start'][c] + 0.0:.2f}" for c in columns), ""]]
     rows += [
-        [tau, f"{tau * weight:g}", *part, *(f"{row['end'][c] + 0.0:.2f}" for c in columns)]
+        [tau, f"{tau * weight:g}", *part, *(f"{row['end'][c] + 0.0:.2f}" for c in columns), row["gain"]]
         for (tau, weight, *part), row in ({(*job, ""): row for job, row in grid.items()} | halves).items()
     ]
-    print(markdown(["temperature", "--lambda-mi", "", *columns], rows), "\n")
+    print(markdown(["temperature", "--lambda-mi", "", *columns, "follows − start"], rows), "\n")
     for tau in TEMPERATURES:
         chosen = max((job for job in grid if job[0] == tau), key=order)
         print(f"at {tau}: --lambda-mi {chosen[0] * chosen[1]:g}, following {grid[chosen]['end']['follows']:.2f}")
@@ -167,7 +169,7 @@ def temperature(args) -> dict:
 # --------------------------------------------------------------------------------------------------
 # si
 
-SETS = 9
+SETS = 8
 SI_STEPS = 24
 SET_SIZE = 4
 PREDICTORS = ("SI", "top-1", "follows before")
@@ -274,7 +276,7 @@ LAYER_FIGURES = {  # title -> figure of a layer of geometry.py's file
     "effective rank, after / before": lambda row: row["rank_after"] / row["rank_before"],
     "CKA": lambda row: row["linear_cka"],
     "drift / scale²": lambda row: row["sinkhorn"] / row["scale"] ** 2,
-    "drift in the span of the principles / chance": lambda row: (row["drift_in_span"] or math.nan) / row["random_span"],
+    "shift in the span of the principles / chance": lambda row: (row["shift_in_span"] or math.nan) / row["random_span"],
     "between / within, after / before": lambda row: row["between_within_after"] / row["between_within_before"],
 }
 
@@ -322,10 +324,14 @@ def geometry(args) -> dict:
         "principle_before": "Fisher-Rao between principles, start", "principle_after": "the same, trained",
         "principle_change": "by how much it has grown",
     }
+    def over_seeds(values):
+        """Their interval over seeds; of a single seed that over its questions."""
+        if len(values) > 1:
+            return interval_cell([value["mean"] for value in values], 3)
+        return "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**values[0])
+
     rows = [
-        [title, *(
-            interval_cell([found[name, seed]["outputs"][key]["mean"] for seed in args.seeds], 3) for name in CHANGED
-        )]
+        [title, *(over_seeds([found[name, seed]["outputs"][key] for seed in args.seeds]) for name in CHANGED)]
         for key, title in outputs.items()
     ]
     print(markdown(["next-token distributions", *CHANGED], rows))
@@ -339,7 +345,7 @@ def geometry_plot(pyplot, found: dict):
         for (name, seed), report in found.items():
             color, values = f"C{CHANGED.index(name)}", [value(row) for row in report["layers"]]
             axis.plot(values, color=color, lw=1, label=f"{name}, seed {seed}")
-        axis.set(title=title, xlabel="layer", yscale="log" if "drift" in title else "linear")
+        axis.set(title=title, xlabel="layer", yscale="log" if title.startswith(("drift", "shift")) else "linear")
         axis.title.set_fontsize(9)
     axes[0].legend(fontsize=7)
     return figure

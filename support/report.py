@@ -26,7 +26,7 @@ GEOMETRY_COLUMNS = (  # title, key, key after training, format
     ("CKA", "linear_cka", None, ".3f"),
     ("eff. rank", "rank_before", "rank_after", ".1f"),
     ("mean shift", "mean_shift", None, ".3f"),
-    ("drift in span", "drift_in_span", "random_span", ".3f"),
+    ("shift in span", "shift_in_span", "random_span", ".3f"),
     ("angle", "angle_before", "angle_after", ".0f"),
     ("between/within", "between_within_before", "between_within_after", ".3f"),
 )
@@ -247,7 +247,7 @@ def print_geometry(summary: dict, config) -> None:
     print(
         "a → b is base → trained, and layer 0 is the embeddings. scale is the root mean squared distance of the\n"
         f"base's states from their mean. Sinkhorn is of {summary['cloud']} of the states, at eps 0.1 of the mean\n"
-        "squared distance; (error) is that of its marginals. drift in span is the share of the squared drift in\n"
+        "squared distance; (error) is that of its marginals. shift in span is the share of the squared shift in\n"
         "the span of the base's principle directions / in a random subspace of that dimension. CKA is debiased:\n"
         "0 by chance, 1 for equal geometry. angle is the mean angle between principle directions, in degrees."
     )
@@ -269,7 +269,7 @@ def layer_plot(plt, summary):
     panels = (
         ("drift", ("sinkhorn",)), ("Bures-Wasserstein, mean shift", ("bures_wasserstein", "mean_shift")),
         ("linear CKA", ("linear_cka",)), ("effective rank", ("rank_before", "rank_after")),
-        ("drift in principle span", ("drift_in_span", "random_span")),
+        ("shift in principle span", ("shift_in_span", "random_span")),
         ("between / within principles", ("between_within_before", "between_within_after")),
     )
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")

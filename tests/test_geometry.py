@@ -235,7 +235,7 @@ def test_the_command_on_a_moved_model(tmp_path, capsys):
     assert shown.startswith("prompt: no worked examples before each question, no prefill"), "what the models are shown"
     for row in result["layers"]:
         assert row["sinkhorn"] > 0 and row["sinkhorn_error"] < 1e-3 and row["bures_wasserstein"] > 0
-        assert 0 < row["linear_cka"] < 1 and 0 <= row["drift_in_span"] <= 1 and row["random_span"] == 7 / 128
+        assert 0 < row["linear_cka"] < 1 and 0 <= row["shift_in_span"] <= 1 and row["random_span"] == 7 / 128
         assert all(math.isfinite(value) for value in row.values())
     assert result["outputs"]["kl"]["low"] > 0 and 0 < result["outputs"]["fisher_rao"]["mean"] < math.pi
     plots = {"g.png"} if importlib.util.find_spec("matplotlib") else set()  # an optional package
@@ -263,7 +263,7 @@ def test_a_model_compared_with_itself_has_not_moved(tmp_path):
     result = json.loads(out.read_text())
     for row in result["layers"]:
         assert abs(row["sinkhorn"]) < 1e-4 * row["scale"] ** 2 and row["mean_shift"] == 0
-        assert row["drift_in_span"] is None, "no drift has no direction"
+        assert row["shift_in_span"] is None, "no shift has no direction"
         assert row["linear_cka"] > 1 - 1e-9 and row["rank_before"] == row["rank_after"]
     outputs = result["outputs"]
     assert outputs["kl"]["mean"] == 0 == outputs["fisher_rao"]["mean"]
@@ -314,7 +314,7 @@ def test_before_is_the_base_and_after_the_trained():
         assert math.isclose(row[f"rank_{when}"], metrics.effective_rank(x), rel_tol=1e-6)
         assert math.isclose(row[f"angle_{when}"], metrics.mean_angle(directions[-1]), rel_tol=1e-6)
         assert math.isclose(row[f"between_within_{when}"], metrics.between_to_within(x, labels, 4), rel_tol=1e-6)
-    assert math.isclose(row["drift_in_span"], metrics.share_in_span(trained - base, directions[0])[0], rel_tol=1e-6)
+    assert math.isclose(row["shift_in_span"], metrics.share_in_span(trained - base, directions[0])[0], rel_tol=1e-6)
 
 
 @torch.no_grad()

@@ -198,7 +198,7 @@ def faked(tmp_path, monkeypatch):
             place = int(path[-6])
             (tmp_path / path).write_text(json.dumps({"set": {"si": {"mean": place / 10}, "retrieval": 0.5}}))
         elif arguments[0] == "geometry.py":
-            layer = dict(rank_before=10, rank_after=12, linear_cka=0.9, sinkhorn=1, scale=2, drift_in_span=0.2, random_span=0.1,
+            layer = dict(rank_before=10, rank_after=12, linear_cka=0.9, sinkhorn=1, scale=2, shift_in_span=0.2, random_span=0.1,
                          between_within_before=0.1, between_within_after=0.2)
             outputs = {name: {"mean": 0.1} for name in
                        ("fisher_rao", "kl", "principle_before", "principle_after", "principle_change")}
