@@ -117,7 +117,8 @@ def interval_cell(values, digits: int = 2) -> str:
 
 def read_lines(path: Path) -> list:
     """The values of a .jsonl file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:  # not splitlines(), which cuts at U+2028 inside a text
+        return [json.loads(line) for line in file]
 
 
 def write_lines(path: Path, rows) -> None:

@@ -25,7 +25,7 @@ it was stopped; what is in --output-dir already is not asked again, with whateve
 
 Hours of one quiet core of an AMD EPYC without bfloat16 instructions, where a step of GRPO takes 20 seconds and one of
 ENIGMA 35, an evaluation six minutes, and a comparison by geometry.py eleven; --jobs 2, the default, takes half as long
-on two: transfer a half for each seed, temperature 5, si 5, geometry a half for each seed, long 3. Writes STUDY.json, of
+on two: transfer a half for each seed, temperature 5, si 4, geometry a half for each seed, long 3. Writes STUDY.json, of
 some STUDY.png, and prints the tables.
 """
 

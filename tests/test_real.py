@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments import reading, real, smollm2
+from experiments import common, reading, real, smollm2
 from support.files import load_principles
 from support.model import load_model
 
@@ -54,6 +54,12 @@ def test_stored_answers_are_read_by_the_marks_as_they_are_now(tmp_path):
     assert [row["follows"] for row in found] == [False, True]
     table = reading.by_principle(["Name a common mistake."], {"start": rows, "end": found})
     assert table.splitlines()[-1] == "| Name a common mistake. | 1.00 | 0.50 |"
+
+
+def test_a_text_with_any_line_separator_is_one_row(tmp_path):
+    rows = [{"text": "one\u2028two\u0085three\x0cfour\r\nfive"}, {"text": ""}]
+    common.write_lines(tmp_path / "rows.jsonl", rows)
+    assert common.read_lines(tmp_path / "rows.jsonl") == rows
 
 
 def test_the_mark_is_looked_for_in_a_reasoning_of_some_words():
