@@ -5,8 +5,9 @@
 
 Every run is `python train.py --preferences tiny`; flags not listed here go to it. The best setting
 of a loss is the one with the highest sampled accuracy on held-out questions, on a seed and on
-questions that the comparison does not use. A third row is DPO at the setting of the grid whose implicit accuracy comes
-nearest to InfoPO's. Finished runs are kept in --output-dir. Writes preference.json and
+questions that the comparison does not use. Then DPO at the setting of the grid whose implicit
+accuracy comes nearest to InfoPO's, and both at the lowest beta and the highest rate, which go
+farthest from the start. Finished runs are kept in --output-dir. Writes preference.json and
 preference.png there, and prints the tables.
 """
 
@@ -101,7 +102,10 @@ def main() -> None:
     best = {loss: max((j for j in grid if j[0] == loss), key=lambda j: end(j, "accuracy")) for loss in BETAS}
     target = end(best["infopo"], "pair_accuracy")
     matched = min((j for j in grid if j[0] == "dpo"), key=lambda j: abs(end(j, "pair_accuracy") - target))
-    rows = {"InfoPO": best["infopo"], "DPO": best["dpo"], "DPO, matched": matched}
+    rows = {"InfoPO": best["infopo"], "DPO": best["dpo"]}
+    rows |= {"DPO, matched": matched} if matched != best["dpo"] else {}
+    for label, loss in (("InfoPO, farthest", "infopo"), ("DPO, farthest", "dpo")):
+        rows[label] = loss, BETAS[loss][0], RATES[-1]
     runs = run_all(list(dict.fromkeys((*job[:3], seed) for job in rows.values() for seed in range(args.seeds))))
     results = {
         label: {"setting": job[:3], "runs": [runs[(*job[:3], seed)] for seed in range(args.seeds)]}

@@ -100,7 +100,8 @@ def rows_of(name: str, folder: Path | None):
             text = (folder / FILES[name]).read_text(encoding="utf-8")
         except OSError as error:
             raise SystemExit(f"error: --data: {error}; a folder with {' and '.join(FILES.values())}") from None
-        return json.loads(text) if FILES[name].endswith(".json") else [json.loads(line) for line in text.strip().split("\n")]
+        whole = FILES[name].endswith(".json")
+        return json.loads(text) if whole else [json.loads(line) for line in text.strip().split("\n")]
     import datasets  # only here: a heavy import
 
     source = HUB[name]
