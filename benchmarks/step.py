@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs")
     args, extra = parser.parse_known_args()  # what is left goes to train.py
     transformers.utils.logging.set_verbosity_error()
+    torch.set_flush_denormal(True)  # as train.py does
     config = train.parse(["--principles", "-", *extra])
     model, tokenizer = train.load(config)
     reference = copy.deepcopy(model).requires_grad_(False)

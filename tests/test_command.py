@@ -50,6 +50,13 @@ def test_an_error_that_is_expected_is_one_line_and_a_status(error, status, line,
     assert shown.startswith(line) and shown.count("\n") == 1
 
 
+def test_a_command_computes_without_denormals_and_leaves_them_as_they_were():
+    """A CPU multiplies them many times slower, and a saturated InfoNCE has hardly any other gradients."""
+    tiny, found = torch.tensor([1e-40]), []
+    assert exit_status(lambda: found.append((tiny * 0.5).item())) == 0
+    assert found == [0.0] and (tiny * 0.5).item() > 0
+
+
 @pytest.mark.parametrize("error", [ValueError("scores: got [3, 4]"), RuntimeError("size mismatch"), TypeError("x")])
 def test_a_fault_of_the_program_stays_a_traceback(error):
     with pytest.raises(type(error)):
