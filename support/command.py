@@ -31,7 +31,7 @@ def parse(argv=None, kind: type = Config):
 
 @contextlib.contextmanager
 def no_denormals():
-    """Inside, numbers below 1e-38 are 0: of gradients of 1e-40, as a saturated InfoNCE has, a CPU is four times slower."""
+    """Inside, numbers below 1e-38 are 0: gradients of 1e-40, a saturated InfoNCE's, make a CPU four times slower."""
     torch.set_flush_denormal(True)
     try:
         yield
