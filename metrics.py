@@ -320,7 +320,8 @@ def share_in_span(x, directions):
 
 def mean_angle(directions):
     """Mean angle between pairs of directions [K, d]: [], degrees; of a simplex arccos(-1/(K-1)), of a zero NaN."""
-    unit = directions.double() / directions.double().norm(dim=-1, keepdim=True)  # [K, d]
+    directions = directions.double()  # [K, d]
+    unit = directions / directions.norm(dim=-1, keepdim=True)  # [K, d]
     above = torch.triu_indices(len(unit), len(unit), offset=1)  # [2, pairs]
     return (unit @ unit.mT)[above[0], above[1]].clamp(-1, 1).arccos().rad2deg().mean()  # []
 

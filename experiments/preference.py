@@ -102,10 +102,13 @@ def main() -> None:
     best = {loss: max((j for j in grid if j[0] == loss), key=lambda j: end(j, "accuracy")) for loss in BETAS}
     target = end(best["infopo"], "pair_accuracy")
     matched = min((j for j in grid if j[0] == "dpo"), key=lambda j: abs(end(j, "pair_accuracy") - target))
-    rows = {"InfoPO": best["infopo"], "DPO": best["dpo"]}
-    rows |= {"DPO, matched": matched} if matched != best["dpo"] else {}
-    for label, loss in (("InfoPO, farthest", "infopo"), ("DPO, farthest", "dpo")):
-        rows[label] = loss, BETAS[loss][0], RATES[-1]
+    rows = {
+        "InfoPO": best["infopo"], "DPO": best["dpo"], "DPO, matched": matched,
+        "InfoPO, farthest": ("infopo", BETAS["infopo"][0], RATES[-1]),
+        "DPO, farthest": ("dpo", BETAS["dpo"][0], RATES[-1]),
+    }
+    if matched == best["dpo"]:
+        del rows["DPO, matched"]
     runs = run_all(list(dict.fromkeys((*job[:3], seed) for job in rows.values() for seed in range(args.seeds))))
     results = {
         label: {"setting": job[:3], "runs": [runs[(*job[:3], seed)] for seed in range(args.seeds)]}

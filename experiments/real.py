@@ -96,12 +96,11 @@ HUB = {
 def rows_of(name: str, folder: Path | None):
     """Rows of a data set, from its file in the folder, else from the hub."""
     if folder:
+        path = folder / FILES[name]
         try:
-            text = (folder / FILES[name]).read_text(encoding="utf-8")
+            return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else read_lines(path)
         except OSError as error:
             raise SystemExit(f"error: --data: {error}; a folder with {' and '.join(FILES.values())}") from None
-        whole = FILES[name].endswith(".json")
-        return json.loads(text) if whole else [json.loads(line) for line in text.strip().split("\n")]
     import datasets  # only here: a heavy import
 
     source = HUB[name]

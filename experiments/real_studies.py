@@ -294,6 +294,13 @@ def write_random_change(start: str, trained: str, out: str) -> None:
     tokenizer.save_pretrained(out)
 
 
+def over_seeds(values) -> str:
+    """The interval over seeds of figures of geometry.py; of a single seed that over its questions."""
+    if len(values) > 1:
+        return interval_cell([value["mean"] for value in values], 3)
+    return "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**values[0])
+
+
 def geometry(args) -> dict:
     real.run_arms(args, real.BOTH, args.seeds)
 
@@ -324,12 +331,6 @@ def geometry(args) -> dict:
         "principle_before": "Fisher-Rao between principles, start", "principle_after": "the same, trained",
         "principle_change": "by how much it has grown",
     }
-    def over_seeds(values):
-        """Their interval over seeds; of a single seed that over its questions."""
-        if len(values) > 1:
-            return interval_cell([value["mean"] for value in values], 3)
-        return "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**values[0])
-
     rows = [
         [title, *(over_seeds([found[name, seed]["outputs"][key] for seed in args.seeds]) for name in CHANGED)]
         for key, title in outputs.items()

@@ -21,10 +21,13 @@ from support.prompts import prompt_fingerprint
 from support.settings import flag
 from support.writing import sha256, write_json
 
-OF_THE_SPLIT = (  # settings that decide which questions and pairs are held out: a run keeps its own
-    "dataset", "dataset_config", "dataset_train_split", "question_field", "answer_field", "preferences",
-    "eval_questions", "seed",
-)
+KEPT = {  # setting that a run cannot change -> what it decides
+    **dict.fromkeys((
+        "dataset", "dataset_config", "dataset_train_split", "question_field", "answer_field", "preferences",
+        "eval_questions", "seed",
+    ), "which questions are held out"),
+    "lora_rank": "which weights are trained",
+}
 REFUSED = {  # checksum of what must be as it was when the run started -> why it is refused otherwise
     "weights": "--model: {model} has other weights than the model that {run} started from, which is its reference; "
                "that model is accepted",
@@ -122,10 +125,8 @@ def resume_config(kind: type, given: dict):
         if value in accepted or not accepted:
             continue
         change = f"{flag(name)}: was {accepted[0]} at {path} and is {value} now"
-        if name in OF_THE_SPLIT:
-            raise InputError(f"{change}; it decides which questions are held out, and is accepted as it was")
-        if name == "lora_rank":
-            raise InputError(f"{change}; it decides which weights are trained, and is accepted as it was")
+        if name in KEPT:
+            raise InputError(f"{change}; it decides {KEPT[name]}, and is accepted as it was")
         if name not in given:
             raise InputError(f"{change}; give {flag(name)} again to mean a change")
     if config.max_steps < stored["step"]:
