@@ -80,6 +80,14 @@ def training_minutes(directory: Path) -> float:
     return json.loads(path.read_text()) if path.exists() else 0.0
 
 
+def after(reported: int, make):
+    """tiny.make_questions (or make_pairs) whose held-out part comes after the first `reported`: for choices."""
+    def make_others(num, held_out, seed=0):
+        return make(reported + num, True)[reported:] if held_out else make(num, False, seed)
+
+    return make_others
+
+
 def side_by_side(function, jobs, workers: int) -> dict:
     """job -> function(*job), several at a time. After Ctrl-C or a failure those that run end, and no other begins."""
     failed = []

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import support  # isort: skip  # noqa: E402, F401  (before torch: see there)
 
 import train  # noqa: E402
-from experiments.common import interval, interval_cell, make_parser, run_training, side_by_side  # noqa: E402
+from experiments.common import after, interval, interval_cell, make_parser, run_training, side_by_side  # noqa: E402
 from support import tiny  # noqa: E402
 from support.report import write_plot  # noqa: E402
 
@@ -34,12 +34,7 @@ REPORTED = 512  # held-out pairs
 
 def train_the_grid(flags) -> int:
     """train.py with held-out pairs of the embedded task that come after those that are reported."""
-    make_pairs = tiny.make_pairs
-
-    def make_others(num, held_out, seed=0):
-        return make_pairs(REPORTED + num, True)[REPORTED:] if held_out else make_pairs(num, False, seed)
-
-    tiny.make_pairs = make_others
+    tiny.make_pairs = after(REPORTED, tiny.make_pairs)
     return train.main(flags)
 
 

@@ -111,6 +111,16 @@ def test_parts_cover_everything_once(monkeypatch):
         assert parts == list(range(10))
 
 
+@pytest.mark.parametrize("alone", ["RANK", "WORLD_SIZE"])
+def test_half_of_what_torchrun_sets_starts_nothing(monkeypatch, alone):
+    """Schedulers set one of the two by themselves; then this is the only process."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(alone, "1")
+    parallel.start()
+    assert (parallel.rank(), parallel.world()) == (0, 1)
+
+
 def test_two_processes_take_pairs_in_the_steps_of_one(tmp_path):
     """Of nine pairs a few are held out: steps of four go over the ends of epochs, and no process is left without a pair."""
     rows = [{"prompt": f"Tom has {n} pens and gets 2 more. How many pens?", "chosen": f" {n + 2}", "rejected": f" {n - 2}"} for n in range(5, 14)]
