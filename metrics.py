@@ -101,7 +101,7 @@ def retrieval(scores):
 def sufficiency_index(scores, estimator: str = "row"):
     """SI of each principle: scores [N, K, K] -> [K], in [0, 1]. Arguments: see `information`.
 
-    1 where the CoT is a sufficient statistic for its principle, 0 where it is independent of it.
+    1 where the CoT determines its principle, 0 where it is independent of it.
     The SI of the set is not the mean of these, but share_of_ceiling(mutual_information(scores).row, K).
     """
     return share_of_ceiling(information(scores, estimator).mean(0), scores.shape[-1])  # [K]

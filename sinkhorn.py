@@ -15,8 +15,8 @@ Two parts give the same numbers. "The textbook" is the equations above, for any 
 
 Our choices:
 - The gradient is that of the envelope theorem: nothing is unrolled, dOT/da = f and dOT/dC = P, exact
-  at convergence. It is of first order only: differentiated again, entropic_ot and the divergence
-  raise, and ot_of_cost leaves out how P moves.
+  at convergence. It is of first order only: differentiated again, the divergence raises, and
+  ot_of_cost, as entropic_ot in its weights by the textbook, leaves out how f and P move.
 - Weights are divided by their sum inside the graph: a 0/1 mask is a valid weight, and the gradient
   of weights is (f - <a, f>) / their sum. A zero weight is a removed point: no effect on value or gradients.
 - A batch element that has converged stays: no result depends on what shares its batch.

@@ -12,7 +12,7 @@ embedded model (d = 128), and a Gemma-3 of two layers with random weights (d = 1
 Accuracy, measured alike: P is formed in float64 from the potentials of each of the three problems
 (x, y), (x, x) and (y, y), and the L1 distance of its row sums and of its column sums from the
 weights is at most 1e-4; the value is within 1e-4 of ours in float64 at a tolerance of 1e-8,
-relative. Each gets the least work that reaches both:
+relative. Each gets the least work that reaches both, but POT that which reaches the first:
 - POT: `ot.dist`, `ot.bregman.sinkhorn_log` without autograd, with the fewest iterations that do, found for each
   problem; stopThr=0, as its own stopping test runs at iterations 0, 10, 20 only. Value from the potentials, gradient by
   the envelope theorem (set_gradients, as `ot.solve(grad="envelope")` does). In OT(x, x) one x is detached, which
@@ -27,8 +27,8 @@ medians of the ratios within a round. "products" are the three distance matrices
 products of the gradient alone, by `@`: work that all three share, so products / faster peer is what
 a ratio comes to where nothing else takes any time. A peer that takes more than --limit seconds for
 one divergence is run once, with what did at the n before. Beyond that n, or if it needs more than
-1000 iterations, it is left out. Ends with exit status 1 where a value or a marginal misses its
-1e-4.
+1000 iterations, it is left out. Ends with exit status 1 where a marginal or a value, but POT's,
+misses its 1e-4.
 """
 
 import argparse
@@ -340,9 +340,12 @@ def main() -> None:
     for what in ("marginal_error", "value_error"):
         worst = max(rows, key=lambda row: max(row[what].values()))
         print(f"\nlargest {what}: {max(worst[what].values()):.1e} ({worst['clouds']}, n = {worst['n']}; {worst[what]})")
-    if any(max(*row["marginal_error"].values(), *row["value_error"].values()) > TOL for row in rows):
+    def worst_of(row):
+        return max(*row["marginal_error"].values(), *(e for name, e in row["value_error"].items() if name != "POT"))
+
+    if any(worst_of(row) > TOL for row in rows):
         raise SystemExit(f"not all within {TOL:g}")
-    print(f"all marginals and all values within {TOL:g}")
+    print(f"all marginals, and all values but POT's, within {TOL:g}")
 
 
 if __name__ == "__main__":

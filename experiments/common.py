@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from support.checkpoint import checkpoints  # noqa: E402
 from support.writing import write_aside  # noqa: E402
 
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # two-sided, n - 1 degrees
@@ -58,7 +60,7 @@ def run_training(directory: Path, *flags, script=("train.py",)) -> dict:
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     if not (directory / "final").exists():
-        stopped = any(directory.glob("checkpoints/*"))
+        stopped = bool(checkpoints(directory))
         if not stopped:
             shutil.rmtree(directory, ignore_errors=True)  # stopped before its first checkpoint
         where = ["--resume", directory.resolve()] if stopped else ["--output-dir", directory.resolve(), *flags]
@@ -81,9 +83,16 @@ def training_minutes(directory: Path) -> float:
 
 
 def after(reported: int, make):
-    """tiny.make_questions (or make_pairs) whose held-out part comes after the first `reported`: for choices."""
+    """tiny.make_questions (or make_pairs) whose held-out part has none of the first `reported`'s sums: for choices."""
+    def numbers(item):
+        return tuple(re.findall(r"\d+", item.text))  # the same sum is asked of other names and things
+
     def make_others(num, held_out, seed=0):
-        return make(reported + num, True)[reported:] if held_out else make(num, False, seed)
+        if not held_out:
+            return make(num, False, seed)
+        found = make(reported + 8 * num, True)  # more than enough
+        known = {numbers(item) for item in found[:reported]}
+        return [item for item in found[reported:] if numbers(item) not in known][:num]
 
     return make_others
 

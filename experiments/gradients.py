@@ -24,15 +24,13 @@ from torch.nn.functional import cosine_similarity as cosine  # noqa: E402
 
 import train  # noqa: E402
 from experiments.common import make_parser, run_script, side_by_side  # noqa: E402
-from experiments.variants import VARIANTS, exchange, squared_distance  # noqa: E402
+from experiments.variants import VARIANTS, exchange, folder, squared_distance  # noqa: E402
 from support import tiny  # noqa: E402
 from support.data import load_data  # noqa: E402
 from support.model import load_model  # noqa: E402
 
 BATCHES = 16
-INFORMATION = {  # name -> the weight that variants.py has chosen; "no loss" is what the others add to
-    "no loss": 0, "sinkhorn": 0.002, "beside": 0.5, "in place": 1, "per token": 0.1, "opposites": 0.012,
-}
+INFORMATION = ("no loss", "sinkhorn", "beside", "in place", "per token", "opposites")  # the others add to the first
 
 
 def start_of(config):
@@ -115,7 +113,9 @@ def main() -> None:
         return
     args = make_parser(__doc__, "variants", 1).parse_args()
     principles = args.output_dir / "principles.jsonl"
-    models = {path.parent.name: path for path in sorted(args.output_dir.glob("*-0/final"))}
+    rows = json.loads((args.output_dir / "variants.json").read_text())["rows"]
+    chosen = {name: weight for name, (weight, _) in rows.items() if name in VARIANTS}
+    models = {name: folder(args.output_dir, name, weight, 0) / "final" for name, weight in chosen.items()}
     print(table({name: pulls(path, principles) for name, path in {"start": tiny.MODEL_DIR, **models}.items()}), "\n")
 
     def measure(name, weight):
@@ -123,7 +123,7 @@ def main() -> None:
         printed = run_script(__file__, "--noise", name, "--principles", principles.resolve(), *others, flag, weight)
         return json.loads(printed.splitlines()[-1])
 
-    found = side_by_side(measure, INFORMATION.items(), args.jobs)
+    found = side_by_side(measure, [(name, chosen[name]) for name in INFORMATION], args.jobs)
     print(table({name: figures for (name, _), figures in found.items()}))
 
 

@@ -5,7 +5,7 @@
 
 Every run is `python train.py --preferences tiny`; flags not listed here go to it. The best setting
 of a loss is the one with the highest sampled accuracy on held-out questions, on a seed and on
-questions that the comparison does not use. Then DPO at the setting of the grid whose implicit
+sums that the comparison does not use. Then DPO at the setting of the grid whose implicit
 accuracy comes nearest to InfoPO's, and both at the lowest beta and the highest rate, which go
 farthest from the start. Finished runs are kept in --output-dir. Writes preference.json and
 preference.png there, and prints the tables.
@@ -33,16 +33,18 @@ REPORTED = 512  # held-out pairs
 
 
 def train_the_grid(flags) -> int:
-    """train.py with held-out pairs of the embedded task that come after those that are reported."""
+    """train.py, evaluated on pairs of other sums than are reported."""
     tiny.make_pairs = after(REPORTED, tiny.make_pairs)
     return train.main(flags)
 
 
 def run(loss, beta, rate, seed, args, extra) -> dict:
     """eval.json of one training. The grid is evaluated on fewer questions, at its end."""
-    questions, steps, script = (256, 0, (__file__, "--grid")) if seed == GRID_SEED else (REPORTED, 20, ("train.py",))
+    part, questions, steps, script = f"seed{seed}", REPORTED, 20, ("train.py",)
+    if seed == GRID_SEED:
+        part, questions, steps, script = "grid", 256, 0, (__file__, "--grid")
     return run_training(
-        args.output_dir / f"{loss}-beta{beta}-lr{rate}-seed{seed}", "--preferences", "tiny", "--preference-loss", loss,
+        args.output_dir / f"{loss}-beta{beta}-lr{rate}-{part}", "--preferences", "tiny", "--preference-loss", loss,
         "--beta", beta, "--learning-rate", rate, "--seed", seed, "--max-steps", 100, "--eval-steps", steps,
         "--eval-questions", questions, *extra, script=script,
     )

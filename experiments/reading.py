@@ -29,7 +29,7 @@ from infonce import column_info_nce, row_info_nce  # noqa: E402
 MIN_WORDS = 4  # of a chain of thought
 EVALUATED = (  # settings that the evaluation of a given model depends on
     "model", "principles", "dataset", "seed", "eval_questions", "num_principles", "temperature",
-    "max_completion_length", "examples", "prefill", "ot_tokens", "ot_eps",
+    "max_completion_length", "examples", "prefill", "ot_tokens", "ot_eps", "bf16",
 )
 
 
@@ -178,7 +178,11 @@ def train_reading(part: str, flags) -> int:
 
 def start_file(config) -> Path:
     """Where the first evaluation of all runs beside this one is kept that begin alike: they are evaluated once."""
-    what = json.dumps([getattr(config, name) for name in EVALUATED])
+    def content(value):
+        path = Path(str(value))
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else value
+
+    what = json.dumps([content(getattr(config, name)) for name in EVALUATED])
     return Path(config.output_dir).parent / f"start-{hashlib.sha256(what.encode()).hexdigest()[:12]}.json"
 
 

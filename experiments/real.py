@@ -247,9 +247,16 @@ def written_answers(model_folder: Path, contexts: list[str]) -> list[str]:
     return answers
 
 
+def result_file(args, name: str, what: str) -> Path:
+    """Where a figure of a run, or of the "start", is kept: in its own folder, to go when that goes."""
+    folder = args.output_dir / name
+    folder.mkdir(exist_ok=True)
+    return folder / f"{what}-{args.limit or 'all'}.json"
+
+
 def score(args, folder: Path, name: str, kind: str = "truthfulqa") -> dict:
-    """truthfulqa() of the model in `folder`, by a process of its own unless KIND-NAME.json is there already."""
-    path = args.output_dir / f"{kind}-{name}.json"
+    """truthfulqa() of the model in `folder`, by a process of its own unless its result is there already."""
+    path = result_file(args, name, kind)
     if not path.exists():
         run_script(__file__, "--truthfulqa", kind, folder, args.questions["test"], args.limit or 0, path)
     return json.loads(path.read_text())

@@ -64,7 +64,7 @@ def measure(path: Path, folder: Path, start: list | None, other: Path, questions
         rows = read_lines(other)[:limit]
         pairs = [(row["prompt"], row[answer]) for row in rows for answer in ("chosen", "rejected")]
         logp = [value for value, _ in real.log_likelihoods(folder, pairs)]
-        change = [now - before for now, before in zip(logp, start or logp)]
+        change = [now - before for now, before in zip(logp, start or logp, strict=True)]
         chosen, rejected = change[::2], change[1::2]
         write_lines(path, [{
             "logp": logp, "chosen": statistics.mean(chosen), "rejected": statistics.mean(rejected),
@@ -126,7 +126,7 @@ def main() -> None:
     }
 
     def measured(name: str, folder: Path, start=None) -> dict:
-        return measure(args.output_dir / f"measured-{name}.json", folder, start, other, questions, args.limit)
+        return measure(real.result_file(args, name, "measured"), folder, start, other, questions, args.limit)
 
     results = {"start": [measured("start", model)]}
     start = results["start"][0]["logp"]

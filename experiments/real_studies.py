@@ -83,9 +83,11 @@ def transfer(args) -> dict:
 
     def asked(name, seed):
         """(completions under the other principles, scores of written answers to TruthfulQA) of one model."""
-        folder = args.model if name == "start" else args.output_dir / f"{name}-{seed}" / "final"
-        path, flags = args.output_dir / f"untrained-{name}-{seed}.jsonl", ("--principles", untrained)
-        rows = real.ask(args, folder, path, real.flags_of(args, seed, *flags))
+        run = args.output_dir / f"{name}-{seed}"
+        run.mkdir(exist_ok=True)
+        folder = args.model if name == "start" else run / "final"
+        flags = real.flags_of(args, seed, "--principles", untrained)
+        rows = real.ask(args, folder, run / "untrained.jsonl", flags)
         return rows, real.score(args, folder, name if name == "start" else f"{name}-{seed}", "generation")
 
     real.score(args, args.model, "start", "generation")  # the same for each seed
@@ -149,7 +151,7 @@ def temperature(args) -> dict:
     grid = side_by_side(tried, list(itertools.product(TEMPERATURES, WEIGHTS)), args.jobs)
     best = max(grid, key=order)
     seeds = args.seeds[:2]
-    results = real.run_arms(args, real.BOTH | {f"InfoNCE-{best[0]}": infonce_flags(*best)}, seeds)
+    results = real.run_arms(args, real.BOTH | {"InfoNCE-{}-{}".format(*best): infonce_flags(*best)}, seeds)
     halves = side_by_side(tried, [(*best, "row"), (*best, "column")], args.jobs)
     columns = ("format", "follows", "si", "sinkhorn", "completion_length", "words")
     rows = [["", "", "start", *(f"{grid[best]['start'][c] + 0.0:.2f}" for c in columns), ""]]
@@ -305,7 +307,9 @@ def geometry(args) -> dict:
     real.run_arms(args, real.BOTH, args.seeds)
 
     def compared(name, seed):
-        result, folder = args.output_dir / f"geometry-{name}-{seed}.json", args.output_dir / f"{name}-{seed}" / "final"
+        run = args.output_dir / f"{name}-{seed}"
+        result, folder = run / "geometry.json", run / "final"
+        run.mkdir(exist_ok=True)
         if not result.exists():
             if name == "random" and not folder.exists():
                 run_script(__file__, "--random", args.model, args.output_dir / f"ENIGMA-{seed}" / "final", folder)

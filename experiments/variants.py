@@ -6,8 +6,8 @@
 
 Every run is train.py with its default settings on the embedded model, and one part exchanged by a
 function of this file. Each variant is trained with each of its weights on seed 100 and evaluated on
-questions that are not reported; the weight with the highest accuracy among those whose SI is at least
-that of the start is taken for seeds 0, 1, ...
+sums that are not reported; the weight with the highest accuracy among those whose SI is at least that
+of the start is taken for seeds 0, 1, ...
 
     sinkhorn     ENIGMA as it is: the Sinkhorn divergence of paired tokens, weight --lambda-ot
     sharp        the same at --ot-eps 0.01
@@ -156,14 +156,19 @@ def measure_opposites(model: Path, principles: Path, report: Path) -> float:
     return statistics.mean(row["si_opposite"]["mean"] for row in json.loads(report.read_text())["negatives"])
 
 
+def folder(output_dir: Path, name: str, weight, seed) -> Path:
+    """Where a training is kept; `seed` is "grid" where it is one of those that the weight is chosen by."""
+    return output_dir / f"{name.replace(' ', '-')}-{weight}-{seed}"
+
+
 def run(name, weight, seed, args, extra) -> dict:
     """One training: its eval.json, with `follows`, `si_opposite`, `grad_norm`."""
     output_dir = args.output_dir.resolve()
-    directory, principles = output_dir / f"{name.replace(' ', '-')}-{weight}-{seed}", output_dir / "principles.jsonl"
+    part, place = ("--grid", "grid") if seed == SELECTION_SEED else ("--train", seed)
+    directory, principles = folder(output_dir, name, weight, place), output_dir / "principles.jsonl"
     result = directory / "result.json"
     if not result.exists():
         flag, _, others = VARIANTS[name]
-        part = "--grid" if seed == SELECTION_SEED else "--train"
         evals = run_training(
             directory, "--principles", principles, "--eval-questions", REPORTED, "--eval-steps", 0, "--seed", seed,
             *others, flag, weight, *extra, script=(__file__, part, name),
@@ -207,7 +212,7 @@ def minus(rows: list, base: list) -> list:
 def main() -> None:
     if sys.argv[1:2] in (["--train"], ["--grid"]):
         exchange(sys.argv[2])
-        if sys.argv[1] == "--grid":  # as many held-out questions that come after those that are reported
+        if sys.argv[1] == "--grid":  # evaluated on other sums than are reported
             tiny.make_questions = after(REPORTED, tiny.make_questions)
         sys.exit(train.main(sys.argv[3:]))
     parser = make_parser(__doc__, "variants", 5)

@@ -26,6 +26,7 @@ KEPT = {  # setting that a run cannot change -> what it decides
         "dataset", "dataset_config", "dataset_train_split", "question_field", "answer_field", "preferences",
         "eval_questions", "seed",
     ), "which questions are held out"),
+    **dict.fromkeys(("examples", "prefill", "date"), "how the model is asked"),
     "lora_rank": "which weights are trained",
 }
 REFUSED = {  # checksum of what must be as it was when the run started -> why it is refused otherwise

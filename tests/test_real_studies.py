@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 
 import train
 from experiments import common, reading, real, real_studies, si_study
+from support import tiny
 from support.files import Principle, Question, load_principles
 
 TRAINING = (  # flags of a short one
@@ -60,18 +62,33 @@ def test_a_training_that_was_stopped_goes_on_and_a_finished_one_is_left(tmp_path
         (run / "eval.json").write_text(json.dumps({"start": 1}))
         if len(calls) == 1:
             raise SystemExit("stopped before a checkpoint")
-        (run / "checkpoints" / "step_1").mkdir(parents=True, exist_ok=True)
+        (run / "checkpoints").mkdir(exist_ok=True)
+        (run / "checkpoints" / ".step_1.pt.7.tmp.pt").touch()
         if len(calls) == 2:
+            raise SystemExit("stopped while it wrote its first")
+        (run / "checkpoints" / "step_1.pt").touch()
+        if len(calls) == 3:
             raise SystemExit("stopped")
         (run / "final").mkdir()
 
     monkeypatch.setattr(common, "run_script", run_script)
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(SystemExit):
             common.run_training(run)
     assert common.run_training(run) == common.run_training(run) == {"start": 1}
-    assert calls == ["--output-dir", "--output-dir", "--resume"]
+    assert calls == [*["--output-dir"] * 3, "--resume"]
     assert common.training_minutes(run) > 0
+
+
+@pytest.mark.parametrize("make, reported", [(tiny.make_questions, 256), (tiny.make_pairs, 512)])
+def test_choices_are_made_on_sums_that_are_not_reported(make, reported):
+    others = common.after(reported, make)
+
+    def sums(items):
+        return {tuple(re.findall(r"\d+", item.text)) for item in items}
+
+    assert len(others(256, True)) == 256 and not sums(others(256, True)) & sums(make(reported, True))
+    assert others(9, False, 3) == make(9, False, 3)  # the training part stays
 
 
 def test_after_a_failure_no_other_job_begins():
@@ -141,6 +158,16 @@ def test_runs_that_begin_alike_are_evaluated_once_at_the_start(tmp_path, monkeyp
     assert alike == same != other
     evals = [json.loads((tmp_path / f"run{number}" / "eval.json").read_text())["start"] for number in range(3)]
     assert evals[0] == evals[1] != evals[2]
+
+
+def test_what_a_start_is_kept_under_tells_the_contents_of_its_files(tmp_path):
+    config = SimpleNamespace(**dict.fromkeys(reading.EVALUATED), output_dir=tmp_path / "run")
+    config.principles = tmp_path / "set1.jsonl"
+    found = []
+    for text in ("one", "two", "one"):
+        config.principles.write_text(text)
+        found.append(reading.start_file(config))
+    assert found[0] == found[2] != found[1]
 
 
 def settings(tmp_path):

@@ -258,6 +258,13 @@ def test_what_decides_the_held_out_questions_cannot_change(change, run, tmp_path
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("change", ["--examples none", "--prefill True", "--date 2001-01-01"])
+def test_a_run_is_asked_in_one_way(change, run, one_line):
+    """Said of the flag, not of the model's template, which would be refused for it."""
+    assert train.main(["--resume", str(run), *change.split()]) == 2
+    assert f"{change.split()[0]}: was " in (error := one_line()) and "how the model is asked" in error
+
+
 def test_the_same_value_is_no_change(run):
     assert train.parse(["--resume", str(run), "--seed", "0", "--eval-questions", "2"]).seed == 0
 
