@@ -57,9 +57,9 @@ def loop(run: Run) -> None:
         step.start_clock()
         tasks = draw(data.questions, data.principles, config, step.number)
         batch = sample(model, tokenizer, data.template, tasks, config.num_generations, config)
+        step.log_seconds("seconds_sampling")
         scores = read_scores(model, batch, config) if config.mi_reward else None  # [Q, G, K, K]
         rewards = reward_completions(batch, config, scores)
-        step.log_seconds("seconds_sampling")
         targets = make_targets(model, reference, batch, rewards, config)
         update(model, run.optimizer, batch, targets, step, config)
         step.add_batch(batch, rewards, scores)
@@ -76,8 +76,8 @@ def update(model, optimizer, batch, targets, step, config: Config) -> None:
             outputs = read(model, part, fixed.ot_tokens, config, config.scored_generations)
             loss, terms = losses(outputs, part, fixed, config)
             figures.append(backward(loss, terms, share))
-            if outputs.scores is not None:  # for the log
-                step.scores.append(outputs.scores.detach())
+            if outputs.scores is not None and step.scores is None:  # for the log
+                step.scores = outputs.scores.detach()  # [q, N, K, K]
         step.passes.append(descend(model, optimizer, figures, step.learning_rate, config.max_grad_norm))
 
 

@@ -38,13 +38,13 @@ def decode(tokenizer, tokens, mask, ends, prefill: str = "") -> list:
     return text(tokens.tolist(), mask.sum(-1).tolist())  # lists first: a GPU is waited for twice, not at each row
 
 
-def cot_mask(tokenizer, tokens, mask, close: str = "</reasoning>"):
-    """The mask [..., T] up to the first token with which the text holds `close`, or all of it.
+def cot_mask(tokenizer, tokens, mask):
+    """The mask [..., T] up to the first token with which the text holds </reasoning>, or all of it.
 
     Whether a token is inside depends on it and those before alone, so the sum of log-probabilities
     under this mask is the exact log-probability of having written that chain of thought.
     """
-    lengths = mask.sum(-1)  # [...]
+    close, lengths = "</reasoning>", mask.sum(-1)  # [...]
     spans = []
     for ids, length in zip(tokens.flatten(0, -2).tolist(), lengths.flatten().tolist(), strict=True):
         low, high = 0, length  # not within the first `low` tokens; within `high` if anywhere

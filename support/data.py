@@ -25,7 +25,7 @@ from support.rows import LeftOut, is_file, normalised
 from support.settings import EXAMPLES
 
 HELD_OUT = 1 / 5  # share of all texts; see is_held_out
-BLOCK = 512  # questions that are encoded together
+BLOCK = 512  # questions or pairs that are encoded together
 
 
 @dataclass

@@ -100,7 +100,8 @@ def add_lora(model, rank: int, seed: int, bf16: bool = False):
     """A peft.PeftModel with LoRA adapters on all linear layers but the head; only they are trained.
 
     alpha is twice the rank, as in TRL. B starts at 0: with the adapters off, the model is its own
-    reference. With `bf16` the frozen weights, which need no bits for small updates, are bfloat16.
+    reference. With `bf16` all frozen weights, which need no bits for small updates, are bfloat16, embeddings and
+    norms too: half the memory of `frozen_copy`'s choice for a large vocabulary, and states about twice as rough.
     """
     try:
         import peft

@@ -7,6 +7,7 @@ The two responses share their prompt, which goes through the model once (prefix.
 is the policy at the start; its log-probabilities are kept, so training holds no second model.
 """
 
+import itertools
 import os
 import re
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from grpo import format_reward
 from infopo import dpo_loss, infopo_loss, sequence_logp
 from support import parallel, tiny
 from support.answers import answer_is_right
-from support.data import Data, check_sides, items_of_step, make_template, split
+from support.data import BLOCK, Data, check_sides, items_of_step, make_template, split
 from support.errors import InputError, TooLong
 from support.files import Preference
 from support.prompts import control_tokens, encode_texts, prompt_limit, refuse, try_render, turn_end
@@ -163,16 +164,23 @@ def add_reference(model, pairs: Pairs, temperature, **how) -> Pairs:
     return replace(pairs, ref_logp=all_logp(model, pairs, temperature, **how))  # [P, 2]
 
 
-def encode_pairs(model, tokenizer, preferences, left_out=None, new_tokens=0) -> Pairs:
-    """`Preference`s as tokens. Without `left_out`, InputError for one beyond the model's context."""
+def encode_pairs(model, tokenizer, preferences, left_out=None, new_tokens=0, most=None) -> Pairs:
+    """`Preference`s as tokens: the first `most` that fit, or all.
+
+    Without `left_out`, InputError for one beyond the model's context.
+    """
     end, limit = turn_end(model, tokenizer), prompt_limit(model, 0)
-    encoded = encode_preferences(tokenizer, preferences, end, limit, new_tokens)
-    kept, none_taken = [], all(isinstance(row, InputError) for row in encoded)
-    for pair, row in zip(preferences, encoded):
-        if isinstance(row, InputError) and left_out:
-            left_out.add(row, none_taken)
-        else:
-            kept.append((pair, good(row)))
+    preferences, kept = iter(preferences), []
+    while (most is None or len(kept) < most) and (block := list(itertools.islice(preferences, BLOCK))):
+        encoded = encode_preferences(tokenizer, block, end, limit, new_tokens)
+        none_taken = not kept and all(isinstance(row, InputError) for row in encoded)
+        for pair, row in zip(block, encoded):
+            if most is not None and len(kept) == most:
+                break
+            if isinstance(row, InputError) and left_out:
+                left_out.add(row, none_taken)
+            else:
+                kept.append((pair, good(row)))
     width = max((len(ids) for _, row in kept for ids in row[1:]), default=0)
     pad = [tokenizer.pad_token_id] * width
     padded = [[(ids + pad)[:width] for ids in row[1:]] for _, row in kept]
@@ -188,16 +196,17 @@ def load_pairs(model, tokenizer, config) -> Data:
     if config.preferences == "tiny":
         train = tiny.make_pairs(min(needed, 8192), False, config.seed)
         held_out = tiny.make_pairs(config.eval_questions, True)
-        total = len(train) + len(held_out)
     else:
         pairs = load_preferences(config.preferences, left_out, config.dataset_config, config.dataset_train_split)
-        total = left_out.count + len(pairs)
-        train, held_out = split(pairs, config.eval_questions)
+        train, held_out = split(pairs, len(pairs))
         if needed < len(train):  # the reference reads each pair before the first step
-            train = [train[n] for n in items_of_step(len(train), 0, needed, config.seed)]
-    room = 0, config.max_completion_length  # an evaluation writes a completion of its own
-    sides = [encode_pairs(model, tokenizer, *side) for side in zip((train, held_out), (left_out, left_out), room)]
-    left_out.tell(total - left_out.count if any(map(len, sides)) else 0, "pairs")
+            train = [train[n] for n in items_of_step(len(train), 0, len(train), config.seed)]
+    sides = [
+        encode_pairs(model, tokenizer, train, left_out, 0, needed),
+        # an evaluation writes a completion of its own
+        encode_pairs(model, tokenizer, held_out, left_out, config.max_completion_length, config.eval_questions),
+    ]
+    left_out.tell(sum(map(len, sides)), "pairs")
     check_sides(*sides, config.eval_questions, "pairs")
     sides = [add_reference(model, pairs, config.temperature, **config.how_read) for pairs in sides]
     return Data(make_template(config), pairs=sides[0], held_out_pairs=sides[1])
@@ -256,24 +265,26 @@ def evaluate_pairs(model, tokenizer, pairs: Pairs, config) -> dict:
     pairs, names = pairs[part], [f"{config.seed} evaluation {n}" for n in range(len(pairs))[part]]
     ratio = all_logp(model, pairs, config.temperature, **config.how_read) - pairs.ref_logp  # [P, 2]
     margin = ratio[:, 0] - ratio[:, 1]  # [P]
-    texts = write_responses(model, tokenizer, pairs.prompts, names, config)
+    texts, cut = write_responses(model, tokenizer, pairs.prompts, names, config)
     right = [float(answer_is_right(t, a)) for t, a in zip(texts, pairs.answers) if a is not None]
     values = {
         "pair_logratio_margin": margin,
         "pair_accuracy": (margin > 0).float(),
         "pair_logratio_chosen": ratio[:, 0],
         "pair_logratio_rejected": ratio[:, 1],
-        "format": torch.tensor([format_reward(text) for text in texts]),  # [P]
+        "format": torch.tensor([format_reward(text) for text in texts]).masked_fill(cut, 0.0),  # [P]
         "accuracy": torch.tensor(right),  # [those with an answer]
     }
     example = {"question": tokenizer.decode(pairs.prompts[0], skip_special_tokens=True), "completion": texts[0]}
     return gather_evaluation([(values, example)])
 
 
-def write_responses(model, tokenizer, prompts, names, config) -> list[str]:
-    """A completion of each prompt, sampled by its name."""
-    texts, how = [], (1, config.max_completion_length, config.temperature, "", config.bf16)
+def write_responses(model, tokenizer, prompts, names, config):
+    """(a completion of each prompt, sampled by its name; [P] whether it was cut at the limit)."""
+    texts, cut, how = [], [], (1, config.max_completion_length, config.temperature, "", config.bf16)
     for start in range(0, len(prompts), config.eval_rows):
         some = slice(start, start + config.eval_rows)
-        texts += [row[0] for row in write(model, tokenizer, prompts[some], names[some], *how)[1]]
-    return texts
+        out, found = write(model, tokenizer, prompts[some], names[some], *how)
+        texts += [row[0] for row in found]
+        cut.append(out.truncated[:, 0].cpu())  # [p]
+    return texts, torch.cat(cut)  # [P]

@@ -67,7 +67,8 @@ def find(name: str) -> tuple[Path, Path]:
 
 def start_state(config, model, tokenizer, data) -> dict:
     """The state of a run before its first step; resuming compares the checksums."""
-    held_out = [data.held_out, data.held_out_pairs.prompts if data.held_out_pairs else None]
+    pairs = data.held_out_pairs
+    held_out = [data.held_out, pairs and (pairs.prompts, pairs.tokens.tolist(), pairs.answers)]
     return {
         "step": 0,
         "settings": fingerprint(config),

@@ -35,7 +35,7 @@ class Step:
     number: int = 0
     learning_rate: float = 0.0
     passes: list = field(default_factory=list)  # of each step of the optimiser: its figures, see steps.combine
-    scores: list = field(default_factory=list)  # of each micro-batch, with --lambda-mi: [q, N, K, K]
+    scores: object = None  # of the first micro-batch, with --lambda-mi: [q, N, K, K]
     figures: dict = field(default_factory=dict)  # what else is logged, by name
     samples: list = field(default_factory=list)  # rows of samples.jsonl
     clock: float = field(default_factory=time.perf_counter)
@@ -53,8 +53,7 @@ class Step:
         """Log what train.Batch and train.Rewards hold; scores: [Q, G, K, K] of --mi-reward."""
         figures = batch_figures(batch, rewards, scores)
         self.figures |= combine(parallel.gather(figures))
-        known = self.scores if scores is None else [scores]
-        self.samples = sample_rows(batch, rewards, known[0] if known else None)
+        self.samples = sample_rows(batch, rewards, self.scores if scores is None else scores)
 
 
 def combine(parts: list[dict]) -> dict:
@@ -96,6 +95,7 @@ def backward(loss, terms: dict, share: float) -> dict:
 def descend(model, optimizer, parts: list[dict], learning_rate: float, max_grad_norm: float) -> dict:
     """One step of the optimiser on the gradients that `backward` has left; returns its figures."""
     parallel.sum_gradients(model.parameters())
+    parts = [{name: float(value) for name, value in part.items()} for part in parts]  # as in gather_evaluation
     figures = combine([part for parts in parallel.gather(parts) for part in parts])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)  # []
     check_finite("the gradient norm", norm)

@@ -258,7 +258,8 @@ def test_bad_pairs_are_left_out_of_a_set_and_refused_in_a_file(tiny_model, tmp_p
         flags = ["--eval-questions", "4", "--num-pairs", "16"]
         read = load_pairs(*tiny_model, train.parse(["--preferences", source, *flags]))
         printed = capsys.readouterr().out
-        assert f"{source}: 1 of 60 pairs are left out, one of them: {path}:1: " in printed
+        looked_at = 1 + len(read.pairs) + 4
+        assert f"{source}: 1 of {looked_at} pairs are left out, one of them: {path}:1: " in printed
         assert told in printed or "is missing" in printed and "None" in told, printed
         assert len(read.held_out_pairs) == 4 and len(read.pairs) == sum(not is_held_out(row["prompt"]) for row in good)
         config = train.parse(["--preferences", str(path), *flags])
@@ -267,6 +268,21 @@ def test_bad_pairs_are_left_out_of_a_set_and_refused_in_a_file(tiny_model, tmp_p
         else:
             with pytest.raises(InputError, match=r"train.jsonl:1: "):
                 load_pairs(*tiny_model, config)
+
+
+def test_pairs_that_fit_take_the_place_of_those_that_do_not(tiny_model, tmp_path, capsys):
+    """Else few would be repeated while others that can be used are never taken."""
+    rows = [{"prompt": "word " * 600 * (n % 4 > 0) + POOL[n].text, "chosen": "a", "rejected": "b"} for n in range(200)]
+    path = write(tmp_path, "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    usable = [is_held_out(row["prompt"]) for row in rows[::4]]
+    for steps, places in ((4, 32), (5, 40), (99, 50)):
+        flags = ["--preferences", str(path), "--num-pairs", "8", "--max-steps", str(steps), "--eval-questions", "9"]
+        read = load_pairs(*tiny_model, train.parse(flags))
+        assert len(read.held_out_pairs) == min(9, sum(usable))
+        assert len(read.pairs) == min(places, 50 - sum(usable)) and f"of {len(rows)}" not in capsys.readouterr().err
+        prompts = [tuple(prompt) for prompt in read.pairs.prompts]
+        assert len(set(prompts)) == len(prompts)
+    assert sum(usable) > 5
 
 
 def test_a_held_out_prompt_leaves_room_for_the_completion_that_an_evaluation_writes(tiny_model, tmp_path):

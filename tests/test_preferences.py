@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -304,6 +305,13 @@ def test_a_run_on_pairs_alone(tmp_path):
             assert evals[when][name]["low"] <= evals[when][name]["high"]
     assert abs(evals["start"]["pair_logratio_margin"]["mean"]) < 1e-3 and evals["end"]["pair_logratio_margin"]["mean"] != 0
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+def test_of_a_completion_that_was_cut_the_format_does_not_count(tiny_model, monkeypatch):
+    pairs = add_reference(tiny_model[0], encode_pairs(*tiny_model, tiny.make_pairs(3, True)), 1.0)
+    cut, whole = torch.tensor([[True], [False], [False]]), "<reasoning>So.</reasoning><answer>4</answer>"
+    monkeypatch.setattr(preferences, "write", lambda *_: (SimpleNamespace(truncated=cut), [[whole]] * 3))
+    assert evaluate_pairs(*tiny_model, pairs, configured())["format"]["mean"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("loss", ["infopo", "dpo"])

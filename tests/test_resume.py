@@ -7,13 +7,18 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
-from support import checkpoint, resume
+from support import checkpoint, preferences, resume, tiny
+from support.data import Data
 from support.errors import InputError
+from support.model import load_model
+from support.prompts import PromptTemplate
 from support.run import Run
 from support.settings import Config
 
@@ -229,6 +234,17 @@ def test_an_edited_number_of_steps_is_refused_whatever_it_is(value, run, one_lin
     (run / "config.json").write_text(json.dumps(record))
     assert train.main(["--resume", str(run)]) == 2
     assert "--max-steps: was 5 at " in one_line()
+
+
+def test_the_checksum_of_held_out_pairs_is_of_their_responses_too():
+    model, tokenizer = load_model(str(tiny.MODEL_DIR), torch.device("cpu"))
+    pairs = tiny.make_pairs(3, True)
+    others = [replace(pairs[0], chosen=pairs[0].rejected, rejected=pairs[0].chosen), *pairs[1:]]
+    checksums = []
+    for some in (pairs, others, [replace(pairs[0], answer="-1"), *pairs[1:]], pairs):
+        data = Data(PromptTemplate(), held_out_pairs=preferences.encode_pairs(model, tokenizer, some))
+        checksums.append(resume.start_state(Config(), model, tokenizer, data)["checksums"]["held_out"])
+    assert checksums[0] == checksums[3] and len(set(checksums)) == 3
 
 
 def test_a_reference_that_has_changed_is_refused(run, monkeypatch, one_line):
