@@ -247,11 +247,16 @@ def written_answers(model_folder: Path, contexts: list[str]) -> list[str]:
     return answers
 
 
-def result_file(args, name: str, what: str) -> Path:
-    """Where a figure of a run, or of the "start", is kept: in its own folder, to go when that goes."""
+def own_folder(args, name: str) -> Path:
+    """Where the results of a run, or of the "start", are kept: they go when it goes."""
     folder = args.output_dir / name
     folder.mkdir(exist_ok=True)
-    return folder / f"{what}-{args.limit or 'all'}.json"
+    return folder
+
+
+def result_file(args, name: str, what: str) -> Path:
+    """Where a result that depends on --limit is kept."""
+    return own_folder(args, name) / f"{what}-{args.limit or 'all'}.json"
 
 
 def score(args, folder: Path, name: str, kind: str = "truthfulqa") -> dict:

@@ -83,12 +83,11 @@ def transfer(args) -> dict:
 
     def asked(name, seed):
         """(completions under the other principles, scores of written answers to TruthfulQA) of one model."""
-        run = args.output_dir / f"{name}-{seed}"
-        run.mkdir(exist_ok=True)
+        run = real.own_folder(args, f"{name}-{seed}")
         folder = args.model if name == "start" else run / "final"
         flags = real.flags_of(args, seed, "--principles", untrained)
         rows = real.ask(args, folder, run / "untrained.jsonl", flags)
-        return rows, real.score(args, folder, name if name == "start" else f"{name}-{seed}", "generation")
+        return rows, real.score(args, folder, name if name == "start" else run.name, "generation")
 
     real.score(args, args.model, "start", "generation")  # the same for each seed
     jobs = [(name, seed) for seed in args.seeds for name in ("start", *real.BOTH)]
@@ -307,9 +306,8 @@ def geometry(args) -> dict:
     real.run_arms(args, real.BOTH, args.seeds)
 
     def compared(name, seed):
-        run = args.output_dir / f"{name}-{seed}"
+        run = real.own_folder(args, f"{name}-{seed}")
         result, folder = run / "geometry.json", run / "final"
-        run.mkdir(exist_ok=True)
         if not result.exists():
             if name == "random" and not folder.exists():
                 run_script(__file__, "--random", args.model, args.output_dir / f"ENIGMA-{seed}" / "final", folder)

@@ -8,6 +8,7 @@ is the policy at the start; its log-probabilities are kept, so training holds no
 """
 
 import itertools
+import math
 import os
 import re
 from dataclasses import dataclass, replace
@@ -164,18 +165,18 @@ def add_reference(model, pairs: Pairs, temperature, **how) -> Pairs:
     return replace(pairs, ref_logp=all_logp(model, pairs, temperature, **how))  # [P, 2]
 
 
-def encode_pairs(model, tokenizer, preferences, left_out=None, new_tokens=0, most=None) -> Pairs:
+def encode_pairs(model, tokenizer, preferences, left_out=None, new_tokens=0, most=math.inf) -> Pairs:
     """`Preference`s as tokens: the first `most` that fit, or all.
 
     Without `left_out`, InputError for one beyond the model's context.
     """
     end, limit = turn_end(model, tokenizer), prompt_limit(model, 0)
     preferences, kept = iter(preferences), []
-    while (most is None or len(kept) < most) and (block := list(itertools.islice(preferences, BLOCK))):
+    while len(kept) < most and (block := list(itertools.islice(preferences, BLOCK))):
         encoded = encode_preferences(tokenizer, block, end, limit, new_tokens)
         none_taken = not kept and all(isinstance(row, InputError) for row in encoded)
         for pair, row in zip(block, encoded):
-            if most is not None and len(kept) == most:
+            if len(kept) == most:
                 break
             if isinstance(row, InputError) and left_out:
                 left_out.add(row, none_taken)

@@ -270,7 +270,7 @@ def test_bad_pairs_are_left_out_of_a_set_and_refused_in_a_file(tiny_model, tmp_p
                 load_pairs(*tiny_model, config)
 
 
-def test_pairs_that_fit_take_the_place_of_those_that_do_not(tiny_model, tmp_path, capsys):
+def test_pairs_that_fit_take_the_place_of_those_that_do_not(tiny_model, tmp_path):
     """Else few would be repeated while others that can be used are never taken."""
     rows = [{"prompt": "word " * 600 * (n % 4 > 0) + POOL[n].text, "chosen": "a", "rejected": "b"} for n in range(200)]
     path = write(tmp_path, "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -279,7 +279,7 @@ def test_pairs_that_fit_take_the_place_of_those_that_do_not(tiny_model, tmp_path
         flags = ["--preferences", str(path), "--num-pairs", "8", "--max-steps", str(steps), "--eval-questions", "9"]
         read = load_pairs(*tiny_model, train.parse(flags))
         assert len(read.held_out_pairs) == min(9, sum(usable))
-        assert len(read.pairs) == min(places, 50 - sum(usable)) and f"of {len(rows)}" not in capsys.readouterr().err
+        assert len(read.pairs) == min(places, 50 - sum(usable))
         prompts = [tuple(prompt) for prompt in read.pairs.prompts]
         assert len(set(prompts)) == len(prompts)
     assert sum(usable) > 5

@@ -436,7 +436,7 @@ def test_the_information_term_takes_its_temperature_and_its_generations(tiny_mod
     batch, _, targets = make_batch(tiny_model, config)
     model = copy.deepcopy(tiny_model[0])
     train.update(model, torch.optim.SGD(model.parameters()), batch, targets, step, config)
-    assert step.scores.shape[1:] == (1, 2, 2)
+    assert step.scores.shape == (2, 1, 2, 2)
 
 
 def test_padding_has_no_share_in_the_drift(tiny_model):
